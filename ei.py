@@ -1,0 +1,205 @@
+"""
+Expert Iteration (Anthony et al. 2017; Havrilla et al. 2024, section 3), the paper's best algorithm. In round i the policy
+draws K solutions of every training question; those with the right final answer are kept, one for each distinct sequence of
+equations; they join all that earlier rounds found, D_i = R_i + D_{i-1}, with the human solutions as D_0; and the pretrained
+base is fine-tuned on D_i from the start again. The round's model draws the next round's solutions. There is no gradient of
+a reward anywhere: the reward is a filter, and learning is SFT on what passes it.
+
+What differs from the paper: de-duplication by the exact sequence of annotated equations per question, the first one kept.
+
+$ python ei.py config/demo_ei.py                     # CPU, after config/demo_sft.py
+$ python ei.py config/demo_ei.py --init_from=resume  # goes on where a stopped run was, within a round's samples too
+$ python ei.py config/gsm8k_smollm2_ei.py            # one GPU
+"""
+import json
+import os
+
+import eval as evaluation
+import rewards
+from config import Log, UserError, bar, override, read_run, start_run
+from model import Transformer, setup
+from sample import Sampler, load_tokenizer
+from sft import Example, finetune, n_learned, solution_examples
+
+# -----------------------------------------------------------------------------
+# data
+task = 'arithmetic'       # data/<task>/, or a folder with train.jsonl and test.jsonl
+n_questions = 0           # rows of train to explore, the first ones, by their final answers alone; 0: all
+n_worked = 0              # rows of train whose human solutions are known (D_0), the first ones; 0: all
+include_sft = True        # whether D_0 holds them; without, D_0 is empty
+# policy
+init_from = 'out/sft'     # the policy that draws the first round's samples, or 'resume'
+base = ''                 # the pretrained checkpoint that fine-tuning starts from; needed with reset = 'base'
+reset = 'base'            # every round fine-tunes from 'base' (paper) or from the 'previous' round's policy
+# exploration
+n_rounds = 2              # paper: 2 from an SFT checkpoint (as recalled), 4 to 5 from a pretrained one
+k = 96                    # samples a question and round; paper: 96; 4 is a cheap choice that works too (as recalled)
+temperature = 1.0         # paper: 1.0 (as recalled); no top-k, no top-p: what is learned is what the policy draws
+max_new_tokens = 256      # budget of a sample; one that does not finish is not kept
+max_per_question = 0      # solutions kept for a question over all rounds, the first ones; 0: no cap
+max_rows = 256            # samples decoded at a time
+# fine-tuning, as in sft.py
+epochs = 4.0
+max_steps = 0             # updates a round; 0: as many as `epochs` takes
+batch_size = 128
+micro_tokens = 16384
+lr = 2e-5
+min_lr = 2e-7
+warmup = 0.03
+weight_decay = 0.0
+grad_clip = 1.0
+# evaluation
+eval_problems = 256       # problems of the validation slice for maj@1 after each round
+# run
+out_dir = 'out/ei'
+overwrite = False         # replace the run that out_dir holds
+seed = 0
+device = 'auto'           # 'auto', 'cpu', 'cuda', 'mps'
+dtype = 'auto'            # of the matrix products: 'auto', 'float32', 'bfloat16'; weights are fp32 when they learn
+compile = 'auto'          # 'on', 'off', or 'auto': on CUDA only
+# -----------------------------------------------------------------------------
+
+
+def explore(sampler, problems, path, k, max_new_tokens, temperature, seed, desc):
+    """Draws k samples of each problem and returns them as [[record]], a list a problem; a record is eval.judge's plus 'ids'.
+
+    Each problem is a line of the file `path`, written as it comes. What is there already is not drawn again; since a
+    sample depends on seed and question alone, an exploration in pieces equals one in a single go."""
+    rows = []
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            for line in f:
+                if not line.endswith('\n'):  # torn: the run was killed while it wrote
+                    break
+                rows.append(json.loads(line))
+    with open(path, 'w', encoding='utf-8') as f:
+        f.writelines(json.dumps(row) + '\n' for row in rows)
+        chunk = max(1, 4 * sampler.max_rows // k)  # problems a time: enough to fill some batches
+        progress = bar(desc=desc, total=len(problems))
+        progress.update(len(rows))
+        for i in range(len(rows), len(problems), chunk):
+            todo = problems[i:i + chunk]
+            samples = sampler.generate([rewards.prompt(p.question) for p in todo], k, max_new_tokens, temperature, seed=seed)
+            for j, p in enumerate(todo):
+                records = [evaluation.judge(s, p, sampler.tokenizer) | {'ids': s.ids} for s in samples[j * k:(j + 1) * k]]
+                rows.append({'question': p.question, 'samples': records})
+                f.write(json.dumps(rows[-1]) + '\n')
+            f.flush()
+            progress.update(len(todo))
+        progress.close()
+    for row, p in zip(rows, problems):
+        if row['question'] != p.question:
+            raise UserError(f'{path} holds samples of other questions; start with --overwrite')
+    return [row['samples'] for row in rows]
+
+
+def solution_key(text):
+    """What makes two solutions the same: their equations, or where there are none their text."""
+    return rewards.equations(text) or (text.strip(),)
+
+
+def select(records, seen, n_kept, cap):
+    """The records of one question that join the data set: right, new by their equations, and within the cap (0: none).
+
+    seen: the question's keys in the data set so far, extended in place. n_kept: its solutions kept in earlier rounds."""
+    kept = []
+    for record in records:
+        key = solution_key(record['text'])
+        if record['correct'] and key not in seen and not (cap and n_kept + len(kept) >= cap):
+            seen.add(key)
+            kept.append(record)
+    return kept
+
+
+if __name__ == '__main__':
+    settings = override(globals())
+    device, dtype = setup(device, dtype, seed)
+    resume = init_from == 'resume'
+    if resume and not read_run(out_dir):
+        raise UserError(f'{out_dir}: there is no run to resume')
+
+    # 0. everything that can be wrong with the input, before anything is written
+    if reset not in ('base', 'previous'):
+        raise UserError(f"reset is 'base' or 'previous', not {reset!r}")
+    if k < 1 or n_rounds < 1 or max_per_question < 0:
+        raise UserError('k and n_rounds must be at least 1, max_per_question at least 0')
+    if temperature <= 0:
+        raise UserError('temperature must be above 0: greedy samples of a question are all the same')
+    if reset == 'base' and not base:
+        raise UserError("reset = 'base' needs the checkpoint to start from: --base=out/demo_base, or --reset=previous")
+    problems = rewards.load_problems(task, 'train')
+    if max(n_questions, n_worked) > len(problems):
+        raise UserError(f'n_questions and n_worked are at most {len(problems)}, the rows of {task} to train on')
+    val_problems = rewards.load_problems(task, 'val')[:eval_problems]
+    worked = problems[:n_worked or None]
+    questions = problems[:n_questions or None]
+    policy_from = read_run(out_dir)['init_from'] if resume else init_from
+    tok = load_tokenizer(policy_from)
+    policy = Transformer.from_pretrained(policy_from, device, dtype)
+    if reset == 'base':
+        probe = rewards.prompt(problems[0].question) + rewards.completion(problems[0].solution)
+        if load_tokenizer(base).encode(probe) != tok.encode(probe):
+            raise UserError(f'{base} and {policy_from} have different tokenizers: sampled ids would mean other text')
+        Transformer.from_pretrained(base)  # a broken one should not be found after hours of sampling
+    start_run(settings, resume, overwrite)
+    log = Log(out_dir, resume)
+    print(f'{len(questions):,} questions * {k} samples * {n_rounds} rounds = {len(questions) * k * n_rounds:,} samples; '
+          f'D_0 has {len(worked) if include_sft else 0:,} worked solutions')
+
+    # D_0. The ids of a sampled solution go into the data set as they were drawn, never decoded and encoded again.
+    dataset = solution_examples(worked, tok) if include_sft else []
+    seen = [set() for _ in questions]
+    if include_sft:
+        for i, p in enumerate(worked[:len(questions)]):
+            seen[i].add(solution_key(p.solution))
+    n_kept, updates, drawn, best = [0] * len(questions), 0, 0, -1.0
+
+    for round in range(1, n_rounds + 1):
+        round_dir = os.path.join(out_dir, f'round{round}')
+        # 1. explore: K samples of every question
+        sampler = Sampler(policy, tok, max_rows, dtype)
+        found = explore(sampler, questions, os.path.join(out_dir, f'samples_round{round}.jsonl'), k, max_new_tokens, temperature,
+                        seed * 1000 + round, f'round {round}: explore')
+        drawn += len(questions) * k
+        flat = [record for records in found for record in records]
+        share_correct = sum(r['correct'] for r in flat) / len(flat)
+        share_truncated = sum(not r['finished'] for r in flat) / len(flat)
+        if share_truncated > 0.2:
+            print(f'warning: {100 * share_truncated:.0f}% of the samples did not finish within max_new_tokens = {max_new_tokens}')
+        # 2. filter by the final answer and 3. de-duplicate
+        n_new = 0
+        for i, p in enumerate(questions):
+            prompt_ids = tok.encode_prompt(rewards.prompt(p.question))
+            kept = select(found[i], seen[i], n_kept[i], max_per_question)
+            # 4. accumulate: D_i = R_i + D_{i-1}
+            dataset += [Example(prompt_ids + record['ids'], len(prompt_ids)) for record in kept]
+            n_kept[i] += len(kept)
+            n_new += len(kept)
+        if not dataset:
+            raise UserError(f'round {round}: none of {len(flat):,} samples is right, so that there is nothing to learn from '
+                            f'({100 * share_truncated:.0f}% of them did not finish within {max_new_tokens} tokens)')
+        log(updates, round=round, samples_drawn=drawn, share_correct=share_correct, share_truncated=share_truncated,
+            unique_equations=sum(evaluation.unique_equations(records) for records in found) / len(found),
+            solved=sum(any(r['correct'] for r in records) for records in found) / len(found), new_solutions=n_new,
+            dataset=len(dataset), dataset_tokens=n_learned(dataset))
+
+        # 5. distil: fine-tune from the base again, unless a stopped run had done it
+        if os.path.exists(os.path.join(round_dir, 'config.json')):
+            policy = Transformer.from_pretrained(round_dir, device)
+            updates += max_steps or -int(-epochs * len(dataset) // batch_size)
+        else:
+            policy = Transformer.from_pretrained(base, device) if reset == 'base' else policy.float()
+            start = updates
+            updates += finetune(policy, dataset, epochs=epochs, max_steps=max_steps, batch_size=batch_size, micro_tokens=micro_tokens,
+                                lr=lr, min_lr=min_lr, warmup=warmup, weight_decay=weight_decay, grad_clip=grad_clip,
+                                seed=seed * 1000 + round, dtype=dtype, compile=compile == 'on' or compile == 'auto' and device.type == 'cuda',
+                                log=lambda step, **metrics: log(start + step, round=round, **metrics), desc=f'round {round}: fine-tune')
+            policy.save_pretrained(round_dir, tok)
+        # 6. how good is it? The best round by the validation slice is the result.
+        maj1 = evaluation.greedy_accuracy(Sampler(policy, tok, max_rows, dtype), val_problems, max_new_tokens)
+        log(updates, round=round, val_maj1=maj1)
+        if maj1 >= best:
+            best = maj1
+            policy.save_pretrained(os.path.join(out_dir, 'best'), tok)
+        policy = policy.to(dtype)
+    print(f'best round by validation maj@1 ({best:.3f}): {out_dir}/best')

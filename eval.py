@@ -1,0 +1,248 @@
+"""
+How good is a policy, and how far does it explore? The paper's measures (Havrilla et al. 2024, section 3):
+
+maj@1    the one greedy sample is right
+maj@K    a plain vote over K samples at temperature 0.7 is right
+rerank@K the sample that a scorer likes best is right (where the records carry scores)
+pass@K   any of K samples is right
+
+The metrics are pure functions of records, one a problem, which are written as they come: an evaluation that was stopped
+goes on where it was. A sample that did not finish within its budget counts as wrong, here and in training.
+
+$ python eval.py --init_from=out/demo_ei --task=arithmetic --k=16
+$ python eval.py --init_from=out/gsm8k_ei --task=gsm8k            # maj@96 and pass@96, on one GPU
+$ python eval.py --compare out/demo_sft out/demo_ei               # one table, and where the two differ
+"""
+import json
+import os
+import sys
+from collections import Counter
+from math import comb
+
+import numpy as np
+
+import rewards
+from config import UserError, bar, override
+from model import Transformer, find_checkpoint, setup
+from sample import Sampler, load_tokenizer
+
+# -----------------------------------------------------------------------------
+# settings
+init_from = ''        # the policy: a run's folder (its best/), a Hugging Face folder or a hub name
+task = 'arithmetic'   # data/<task>/, or a folder with test.jsonl
+split = 'test'        # 'test', 'val' or 'train'
+n_problems = 0        # the first ones of the split; 0: all
+k = 96                # samples a problem, beside the greedy one; 0: greedy alone
+temperature = 0.7     # of the K samples; paper: 0.7 (as recalled)
+top_k = 0             # 0: all
+top_p = 1.0           # 1: all
+few_shot = 0          # worked examples before the question, from the validation slice: for a base model, 2
+max_new_tokens = 256  # budget of every sample
+max_rows = 256        # samples decoded at a time
+out_dir = ''          # where eval_<task>.json goes; empty: init_from, if that is a folder
+overwrite = False     # drop the records of an evaluation with other settings
+seed = 0
+device = 'auto'       # 'auto', 'cpu', 'cuda', 'mps'
+dtype = 'auto'        # of the matrix products: 'auto', 'float32', 'bfloat16'
+# -----------------------------------------------------------------------------
+
+
+# -----------------------------------------------------------------------------
+# metrics of one problem
+
+def pass_at_k(n, c, k):
+    """Probability that k of n samples, drawn without replacement, hold one of the c right ones: 1 - C(n-c, k) / C(n, k),
+    the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374); for n = k plainly whether c > 0."""
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f'pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}')
+    return 1.0 - comb(n - c, k) / comb(n, k)
+
+
+def maj_at_k(answers, correct):
+    """Whether the answer most samples gave is right: 1.0 or 0.0. answers: strings in normal form, or None for a sample
+    without one, which has no vote. Of answers with equal votes the one given first wins."""
+    votes = Counter(a for a in answers if a is not None)  # most_common keeps the order of first appearance among equals
+    if not votes:
+        return 0.0
+    return float(correct[answers.index(votes.most_common(1)[0][0])])
+
+
+def rerank_at_k(scores, correct):
+    """Whether the sample with the highest score is right: 1.0 or 0.0. Of equal scores the first wins."""
+    return float(correct[max(range(len(scores)), key=lambda i: scores[i])])
+
+
+def unique_equations(samples):
+    """Number of different equation sequences among a problem's samples: the paper's measure of diversity."""
+    return len({rewards.equations(s['text']) for s in samples})
+
+
+# -----------------------------------------------------------------------------
+# records
+
+def judge(sample, problem, tokenizer, stop=()):
+    """A sample's record: its text, its answer, whether that is right. One that did not finish is wrong whatever it says:
+    the budget may have ended within a number."""
+    text = tokenizer.decode(sample.ids)
+    for s in stop:
+        text = text.split(s)[0]
+    return {'text': text, 'answer': rewards.extract_answer(text), 'tokens': len(sample.ids), 'finished': sample.finished,
+            'correct': sample.finished and rewards.is_correct(text, problem.answer)}
+
+
+def greedy_accuracy(sampler, problems, max_new_tokens):
+    """maj@1: the share of problems whose greedy solution is right."""
+    samples = sampler.generate([rewards.prompt(p.question) for p in problems], 1, max_new_tokens, temperature=0)
+    return sum(judge(s, p, sampler.tokenizer)['correct'] for s, p in zip(samples, problems)) / len(problems)
+
+
+def summarize(records):
+    """{metric: (mean, standard error over problems)} of a list of records with equally many samples each: maj@1, maj@K,
+    pass@k for k = 1, 2, 4 .. K, rerank@K where every sample has a score, and how long and how varied the samples are."""
+    values = {'maj@1': [float(r['greedy']['correct']) for r in records]}
+    K = len(records[0]['samples'])
+    if K:
+        correct = [[s['correct'] for s in r['samples']] for r in records]
+        values[f'maj@{K}'] = [maj_at_k([s['answer'] for s in r['samples']], c) for r, c in zip(records, correct)]
+        if all('score' in s for r in records for s in r['samples']):
+            values[f'rerank@{K}'] = [rerank_at_k([s['score'] for s in r['samples']], c) for r, c in zip(records, correct)]
+        for k in sorted({2 ** i for i in range(K.bit_length()) if 2 ** i <= K} | {K}):
+            values[f'pass@{k}'] = [pass_at_k(K, sum(c), k) for c in correct]
+        values['unique_equations'] = [unique_equations(r['samples']) for r in records]
+    every = [r['samples'] or [r['greedy']] for r in records]
+    values['tokens'] = [np.mean([s['tokens'] for s in samples]) for samples in every]
+    values['truncated'] = [np.mean([not s['finished'] for s in samples]) for samples in every]
+    n = len(records)
+    return {name: (float(np.mean(v)), float(np.std(v, ddof=1) / n ** 0.5) if n > 1 else None) for name, v in values.items()}
+
+
+def read_records(path):
+    """(settings, records) of a records file; ({}, []) if there is none. A torn last line, from a run that was killed, is
+    dropped."""
+    if not os.path.exists(path):
+        return {}, []
+    rows = []
+    with open(path, encoding='utf-8') as f:
+        for line in f:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return (rows[0], rows[1:]) if rows else ({}, [])
+
+
+# -----------------------------------------------------------------------------
+# tables
+
+def markdown_table(summaries):
+    """{run: its eval_<task>.json} -> a Markdown table, in percent with standard errors where that is the unit."""
+    columns = []
+    for summary in summaries.values():
+        largest = f'pass@{summary["k"]}'
+        columns += [m for m in summary['metrics'] if m not in columns and (not m.startswith('pass@') or m == largest)]
+    lines = ['| run | task | problems | ' + ' | '.join(columns) + ' |', '|---' * (len(columns) + 3) + '|']
+    for run, summary in summaries.items():
+        cells = []
+        for metric in columns:
+            mean, error = summary['metrics'].get(metric, (None, None))
+            if mean is None:
+                cells.append('')
+            elif '@' in metric or metric == 'truncated':
+                cells.append(f'{100 * mean:.1f}' + (f' ± {100 * error:.1f}' if error is not None else ''))
+            else:
+                cells.append(f'{mean:.1f}')
+        lines.append(f'| {run} | {summary["task"]} | {summary["problems"]} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def compare(folders):
+    """Prints one table of every evaluation found in the folders, and two problems that the last run solved and the first
+    did not, with both greedy solutions."""
+    summaries, records = {}, {}
+    for folder in folders:
+        names = sorted(n for n in (os.listdir(folder) if os.path.isdir(folder) else []) if n.startswith('eval_') and n.endswith('.json'))
+        if not names:
+            raise UserError(f'{folder}: no eval_<task>.json there (python eval.py --init_from={folder} makes one)')
+        for name in names:
+            with open(os.path.join(folder, name), encoding='utf-8') as f:
+                summary = json.load(f)
+            summaries[folder if len(names) == 1 else f'{folder} ({summary["task"]})'] = summary
+            records[folder, summary['task']] = read_records(os.path.join(folder, name + 'l'))[1]
+    print(markdown_table(summaries))
+    first, last = folders[0], folders[-1]
+    for t in sorted({t for _, t in records}):
+        before = {r['question']: r for r in records.get((first, t), [])}
+        pairs = [(before[r['question']], r) for r in records.get((last, t), []) if r['question'] in before]
+        gained = [(a, b) for a, b in pairs if b['greedy']['correct'] and not a['greedy']['correct']]
+        lost = sum(a['greedy']['correct'] and not b['greedy']['correct'] for a, b in pairs)
+        if first != last and pairs:
+            print(f'\n{t}: of {len(pairs)} problems {last} solves {len(gained)} that {first} does not, and fails {lost} that it does. '
+                  f'The first {min(2, len(gained))} of those gained:')
+        for a, b in gained[:2]:
+            print(f'\nQ: {a["question"]}\n   (answer {a["answer"]})\n--- {first}\n{a["greedy"]["text"].strip()}\n--- {last}\n{b["greedy"]["text"].strip()}')
+
+
+if __name__ == '__main__':
+    if '--compare' in sys.argv[1:]:
+        override(globals(), [])  # for its one-line errors; the rest of the line are folders
+        folders = [a for a in sys.argv[1:] if a != '--compare']
+        if not folders or any(f.startswith('--') for f in folders):
+            raise UserError('use: python eval.py --compare out/a out/b ...')
+        compare(folders)
+        sys.exit()
+
+    settings = override(globals())
+    if not init_from:
+        raise UserError('which policy? --init_from=out/demo_sft')
+    if k < 0:
+        raise UserError('k must be 0 (greedy alone) or more')
+    device, dtype = setup(device, dtype, seed)
+    problems = rewards.load_problems(task, split)[:n_problems or None]
+    examples = rewards.load_problems(task, 'val')[:few_shot] if few_shot else []
+    stop = ('\nQuestion:',) if few_shot else ()
+    folder = find_checkpoint(init_from)
+    out_dir = out_dir or (init_from if os.path.isdir(init_from) else '')
+    if not out_dir:
+        raise UserError('--out_dir=... is needed where init_from is no folder')
+
+    # What the records depend on. With the same of it an evaluation goes on; with another it is refused, not mixed.
+    task_name = os.path.basename(os.path.normpath(task))
+    records_file = os.path.join(out_dir, f'eval_{task_name}.jsonl')
+    keys = ('init_from', 'task', 'split', 'n_problems', 'k', 'temperature', 'top_k', 'top_p', 'few_shot', 'max_new_tokens', 'seed')
+    identity = {key: settings[key] for key in keys} | {'weights': os.path.getmtime(os.path.join(folder, 'config.json'))}
+    before, records = read_records(records_file)
+    if before and before != identity:
+        changed = [key for key in identity if before.get(key) != identity[key]]
+        if not overwrite:
+            raise UserError(f'{records_file} holds an evaluation with other settings ({", ".join(changed)}); --overwrite replaces it')
+        records = []
+    sampler = Sampler(Transformer.from_pretrained(folder, device), load_tokenizer(folder), max_rows, dtype)
+    os.makedirs(out_dir, exist_ok=True)
+    with open(records_file, 'w', encoding='utf-8') as f:
+        for row in [identity] + records:
+            f.write(json.dumps(row) + '\n')
+        chunk = max(1, 4 * max_rows // max(1, k))  # problems a time: enough rows to fill some batches
+        progress = bar(desc=f'{out_dir} on {task_name}', total=len(problems))
+        progress.update(len(records))
+        for i in range(len(records), len(problems), chunk):
+            todo = problems[i:i + chunk]
+            prompts = [rewards.few_shot_prompt(p.question, examples) if few_shot else rewards.prompt(p.question) for p in todo]
+            greedy = sampler.generate(prompts, 1, max_new_tokens, 0, stop=stop)
+            drawn = sampler.generate(prompts, k, max_new_tokens, temperature, top_k, top_p, stop, seed) if k else []
+            for j, p in enumerate(todo):
+                record = {'index': i + j, 'question': p.question, 'answer': p.answer, 'greedy': judge(greedy[j], p, sampler.tokenizer, stop),
+                          'samples': [judge(s, p, sampler.tokenizer, stop) for s in drawn[j * k:(j + 1) * k]]}
+                f.write(json.dumps(record) + '\n')
+                records.append(record)
+            f.flush()
+            progress.update(len(todo))
+        progress.close()
+
+    summary = {'task': task_name, 'split': split, 'problems': len(records), 'k': k, 'temperature': temperature, 'init_from': init_from,
+               'metrics': summarize(records)}
+    with open(os.path.join(out_dir, f'eval_{task_name}.json'), 'w') as f:
+        json.dump(summary, f, indent=2)
+    truncated = summary['metrics']['truncated'][0]
+    if truncated > 0.2:
+        print(f'warning: {100 * truncated:.0f}% of the samples did not finish within max_new_tokens = {max_new_tokens}')
+    print(markdown_table({out_dir: summary}))

@@ -1,0 +1,600 @@
+"""
+The Transformer and its life: one decoder that covers the GPT-2 and the Llama families, read from and written to Hugging
+Face checkpoints, with its key-value cache, optimizer, device set-up and checkpoints.
+
+A model is a list of blocks, each x + attention(norm(x)) followed by x + mlp(norm(x)); ModelConfig says which norm, which
+mlp and which positions. Everything that differs between GPT-2, Llama, Mistral, Qwen2 and Qwen3 is one of its fields.
+
+$ python model.py --init_from=out/demo_sft     # prints a checkpoint's shape and parameter count
+"""
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from config import UserError, override
+
+# -----------------------------------------------------------------------------
+# settings, for running this file as a script
+init_from = ''  # a checkpoint: a folder or a hub name
+# -----------------------------------------------------------------------------
+
+FAMILIES = ('gpt2', 'llama', 'mistral', 'qwen2', 'qwen3')  # Hugging Face's model_type, which is also the form of export
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a Transformer. The defaults are a small Llama."""
+    family: str = 'llama'        # one of FAMILIES
+    vocab_size: int = 512        # rows of the embedding; may exceed the tokenizer's, the rest is never sampled
+    block_size: int = 256        # longest sequence, in tokens
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 4           # < n_head: grouped-query attention
+    n_embd: int = 128
+    head_dim: int = 32
+    n_inner: int = 384           # width of the mlp
+    norm_eps: float = 1e-5
+    activation: str = 'silu'     # 'silu': gated (SwiGLU); 'gelu' and 'gelu_tanh': the plain GPT-2 mlp
+    rope_theta: float = 10000.0  # base of the rotary frequencies; 0: learned positions (GPT-2)
+    rope_scaling: dict | None = None  # Hugging Face's dictionary, rope_type 'linear' or 'llama3'
+    norm: str = 'rms'            # 'rms' or 'layer'
+    qkv_bias: bool = False
+    out_bias: bool = False       # bias of attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False        # RMSNorm over each head's query and key (Qwen3)
+    tied: bool = True            # the output projection is the embedding
+
+
+# -----------------------------------------------------------------------------
+# the network
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in fp32 as in Llama, whatever the autocast type."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+
+
+def make_norm(config):
+    return RMSNorm(config.n_embd, config.norm_eps) if config.norm == 'rms' else nn.LayerNorm(config.n_embd, config.norm_eps)
+
+
+def rope_tables(config):
+    """cos and sin, each (block_size, head_dim) fp32: the angles of Su et al. 2021 (arXiv 2104.09864), in the half-split
+    layout of Hugging Face checkpoints, with Llama 3.1's scaling of the long wavelengths where the config asks for it."""
+    inv_freq = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling and scaling['rope_type'] == 'linear':
+        inv_freq = inv_freq / scaling['factor']
+    if scaling and scaling['rope_type'] == 'llama3':
+        # short wavelengths stay, long ones are stretched by `factor`, those between are mixed linearly in frequency
+        low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+        turns = scaling['original_max_position_embeddings'] * inv_freq / (2 * math.pi)  # turns within the old context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / scaling['factor']
+    angle = torch.outer(torch.arange(config.block_size).float(), inv_freq).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotary positions. x (B, H, T, D); cos, sin (B or 1, 1, T, D)."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def attend(q, k, v, mask):
+    """softmax(q k' / sqrt(D) + mask) v. q (B, H, T, D); k, v (B, KV, S, D); mask additive, broadcastable to (B, 1, T, S), or
+    None: causal if T = S, and all keys for a single query, to which SDPA's is_causal would show slot 0 alone."""
+    (B, H, T, D), (KV, S) = q.shape, k.shape[1:3]
+    if q.device.type != 'cpu' or T > 512:
+        if T == 1:  # the heads of a group as the queries of one head: its keys are read once instead of H / KV times
+            y = F.scaled_dot_product_attention(q.reshape(B, KV, H // KV, D), k, v, attn_mask=mask)
+            return y.view(B, H, T, D)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=KV != H)
+    # On a CPU SDPA is slow for few queries: at a length of 75 plain matrix products make a whole training step 2.5 times
+    # faster, and a decoding step's attention 3 to 7 times. The heads of a group are stacked as queries of their key head.
+    if mask is None and T > 1:
+        mask = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    scores = (q * D ** -0.5).reshape(B, KV, H // KV * T, D) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = (scores.view(B, KV, H // KV, T, S) + (mask[:, None] if mask.dim() == 4 else mask)).view(B, KV, H // KV * T, S)
+    return (scores.softmax(dim=-1).to(v.dtype) @ v).view(B, H, T, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_head, self.n_kv_head, self.head_dim = layer, config.n_head, config.n_kv_head, config.head_dim
+        width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.split = (width, kv_width, kv_width)
+        self.qkv = nn.Linear(config.n_embd, width + 2 * kv_width, bias=config.qkv_bias)  # one matrix product for the three
+        self.out = nn.Linear(width, config.n_embd, bias=config.out_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, rope, mask, cache):
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).split(self.split, dim=-1)
+        q = self.q_norm(q.view(B, T, self.n_head, self.head_dim)).transpose(1, 2)     # (B, H, T, D)
+        k = self.k_norm(k.view(B, T, self.n_kv_head, self.head_dim)).transpose(1, 2)  # (B, KV, T, D)
+        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)                                     # (B, KV, used + T, D)
+        y = attend(q, k, v, mask).transpose(1, 2)                                     # (B, T, H, D)
+        return self.out(y.reshape(B, T, self.n_head * self.head_dim))
+
+
+class MLP(nn.Module):
+    """SwiGLU, out(silu(gate x) * up x), with gate and up in one matrix; or GPT-2's out(gelu(up x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.activation = config.activation
+        width = config.n_inner * (2 if config.activation == 'silu' else 1)
+        self.up = nn.Linear(config.n_embd, width, bias=config.mlp_bias)
+        self.out = nn.Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
+
+    def forward(self, x):
+        x = self.up(x)
+        if self.activation == 'silu':
+            gate, x = x.chunk(2, dim=-1)
+            return self.out(F.silu(gate) * x)
+        return self.out(F.gelu(x, approximate='tanh' if self.activation == 'gelu_tanh' else 'none'))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.norm1, self.attention = make_norm(config), Attention(config, layer)
+        self.norm2, self.mlp = make_norm(config), MLP(config)
+
+    def forward(self, x, rope, mask, cache):
+        x = x + self.attention(self.norm1(x), rope, mask, cache)
+        return x + self.mlp(self.norm2(x))
+
+
+class KVCache:
+    """Keys and values of every layer, preallocated: k[l] and v[l] are (rows, n_kv_head, length, head_dim). All rows have
+    the same number of slots in use, so that appending is one slice assignment; shorter prompts are padded on the left."""
+
+    def __init__(self, config, rows, length, device, dtype):
+        shape = (rows, config.n_kv_head, length, config.head_dim)
+        self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.used = 0  # slots in use; Transformer.trunk moves it on after the last layer
+
+    def append(self, layer, k, v):
+        end = self.used + k.shape[2]
+        self.k[layer][:, :, self.used:end] = k
+        self.v[layer][:, :, self.used:end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+    def select(self, rows):
+        """Keeps the given rows (a LongTensor): drops finished ones, or repeats a prompt's row for each of its samples."""
+        for tensors in (self.k, self.v):
+            for layer, old in enumerate(tensors):
+                new = old.new_empty((len(rows),) + old.shape[1:])
+                torch.index_select(old[:, :, :self.used], 0, rows, out=new[:, :, :self.used])
+                tensors[layer] = new
+
+
+class Transformer(nn.Module):
+    """model(ids (B, T)) -> logits (B, T, V) in fp32. Dropout does not exist: RL needs the same policy when it samples and
+    when it learns."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        if not config.rope_theta:
+            self.positions = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            cos, sin = rope_tables(config)
+            self.register_buffer('cos', cos, persistent=False)
+            self.register_buffer('sin', sin, persistent=False)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        self.value_head = None
+
+    def init_weights(self):
+        """GPT-2's initialisation: N(0, 0.02), and the two matrices that write into the residual stream smaller by the
+        square root of their number, so that its variance does not grow with depth."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith('out.weight') else 0.02
+                nn.init.normal_(p, std=std)
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
+        return self
+
+    def trunk(self, ids, positions=None, mask=None, cache=None):
+        """Final hidden states (B, T, C), after the last norm.
+
+        ids: (B, T). positions: (B, T), by default the slots themselves. mask: None for plain causal attention, or
+        additive fp32, broadcastable to (B, H, T, slots). cache: a KVCache, which this call extends by T slots."""
+        T, start = ids.shape[1], cache.used if cache is not None else 0
+        if start + T > self.config.block_size:
+            raise UserError(f'{start + T} tokens exceed the context of {self.config.block_size}')
+        if positions is None:
+            positions = torch.arange(start, start + T, device=ids.device)[None]
+        x, rope = self.embed(ids), None
+        if self.config.rope_theta:
+            rope = self.cos[positions][:, None], self.sin[positions][:, None]  # (B or 1, 1, T, D)
+        else:
+            x = x + self.positions(positions)
+        for block in self.blocks:
+            x = block(x, rope, mask, cache)
+        if cache is not None:
+            cache.used += T
+        return self.norm(x)
+
+    def logits(self, hidden):
+        """(..., C) -> (..., V), in fp32: a bf16 softmax over a large vocabulary is off by up to .02 nats."""
+        return self.head(hidden).float()
+
+    def forward(self, ids, positions=None, mask=None, cache=None):
+        return self.logits(self.trunk(ids, positions, mask, cache))
+
+    def add_value_head(self):
+        """A scalar per token beside the logits, which it leaves unchanged; zero at first, so that it predicts 0."""
+        self.value_head = nn.Linear(self.config.n_embd, 1, device=self.embed.weight.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        return self
+
+    def values(self, hidden):
+        """(..., C) -> (...), fp32: the scalar head, as a value function or a reward model's score."""
+        return self.value_head(hidden).squeeze(-1).float()
+
+    def n_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    # ---- checkpoints in Hugging Face's form
+
+    @classmethod
+    def from_pretrained(cls, path, device='cpu', dtype=torch.float32):
+        """Reads a Hugging Face checkpoint: a folder, a run's folder (its best/), or a hub name. Weights go straight from
+        the file into this model, cast to dtype. UserError where the checkpoint is missing, broken or not covered."""
+        folder = find_checkpoint(path)
+        config = config_from_hf(read_json(os.path.join(folder, 'config.json')), folder)
+        with torch.device('meta'):  # no memory and no time for an initialisation that the checkpoint overwrites
+            model = cls(config)
+        tensors = read_weights(folder)
+        state = {}
+        for name, (sources, transpose) in hf_names(config).items():
+            missing = [s for s in sources if s not in tensors]
+            if missing:
+                raise UserError(f'{folder}: the checkpoint has no {missing[0]}')
+            parts = [tensors.pop(s) for s in sources]
+            weight = torch.cat([p.t() if transpose else p for p in parts]).to(device=device, dtype=dtype)
+            wanted = model.get_parameter(name).shape
+            if weight.shape != wanted:
+                raise UserError(f'{folder}: {name} has shape {tuple(weight.shape)}, the config asks for {tuple(wanted)}')
+            state[name] = weight.contiguous()
+        # what may be left over: buffers that old files carry, and the copy of a tied output projection
+        ignorable = ('.attn.bias', '.attn.masked_bias', 'rotary_emb.inv_freq') + (('lm_head.weight',) if config.tied else ())
+        left = [name for name in tensors if not name.endswith(ignorable)]
+        if left:
+            raise UserError(f'{folder}: weights that a {config.family} model has no place for: {", ".join(left[:3])}')
+        if config.tied:
+            state['head.weight'] = state['embed.weight']
+        model.load_state_dict(state, assign=True)
+        if config.tied:
+            model.head.weight = model.embed.weight
+        if config.rope_theta:
+            model.cos, model.sin = (table.to(device) for table in rope_tables(config))
+        value_file = os.path.join(folder, 'value_head.safetensors')
+        if os.path.exists(value_file):
+            model.add_value_head().value_head.load_state_dict(load_file(value_file, device=str(device)))
+        return model.requires_grad_(True)
+
+    def save_pretrained(self, path, tokenizer=None, train_state=None):
+        """Writes a folder that AutoModelForCausalLM (and with a tokenizer AutoTokenizer) loads, whole or not at all.
+        train_state: what resuming a run needs beside the weights; see save_state."""
+        tmp = path.rstrip('/') + '.tmp'
+        shutil.rmtree(tmp, ignore_errors=True)
+        os.makedirs(tmp)
+        own, tensors = dict(self.named_parameters()), {}
+        for name, (targets, transpose) in hf_names(self.config).items():
+            weight = own[name].detach().cpu()
+            sizes = [len(weight)] if len(targets) == 1 else part_sizes(self.config, name)
+            for target, part in zip(targets, weight.split(sizes)):
+                tensors[hf_prefix(self.config, target)] = (part.t() if transpose else part).clone().contiguous()
+        save_file(tensors, os.path.join(tmp, 'model.safetensors'), metadata={'format': 'pt'})
+        if self.value_head is not None:  # in a file of its own: AutoModelForCausalLM knows no such weight
+            save_file({k: v.detach().cpu().clone() for k, v in self.value_head.state_dict().items()},
+                      os.path.join(tmp, 'value_head.safetensors'))
+        if train_state is not None:
+            torch.save(train_state, os.path.join(tmp, 'train_state.pt'))
+        if tokenizer is not None:
+            tokenizer.save(tmp)
+        hf = config_to_hf(self.config, str(own['embed.weight'].dtype).removeprefix('torch.'))
+        if tokenizer is not None:
+            hf['eos_token_id'] = tokenizer.eos
+        with open(os.path.join(tmp, 'config.json'), 'w') as f:
+            json.dump(hf, f, indent=2)
+        replace_folder(tmp, path)
+
+
+# -----------------------------------------------------------------------------
+# Hugging Face names, configs and files
+
+def hf_names(config):
+    """{our parameter: ((Hugging Face's parameters that it concatenates), transposed there)}; the one map of both ways."""
+    names = {}
+    if config.family == 'gpt2':
+        names['embed.weight'], names['positions.weight'] = (('wte.weight',), False), (('wpe.weight',), False)
+        for i in range(config.n_layer):
+            for ours, theirs, is_matrix in (('norm1', 'ln_1', False), ('attention.qkv', 'attn.c_attn', True),
+                                            ('attention.out', 'attn.c_proj', True), ('norm2', 'ln_2', False),
+                                            ('mlp.up', 'mlp.c_fc', True), ('mlp.out', 'mlp.c_proj', True)):
+                for part in ('weight', 'bias'):  # GPT-2's Conv1D holds (in, out) where a Linear holds (out, in)
+                    names[f'blocks.{i}.{ours}.{part}'] = ((f'h.{i}.{theirs}.{part}',), is_matrix and part == 'weight')
+        names['norm.weight'], names['norm.bias'] = (('ln_f.weight',), False), (('ln_f.bias',), False)
+    else:
+        names['embed.weight'] = (('embed_tokens.weight',), False)
+        for i in range(config.n_layer):
+            def add(ours, part, *theirs):
+                names[f'blocks.{i}.{ours}.{part}'] = (tuple(f'layers.{i}.{t}.{part}' for t in theirs), False)
+            add('norm1', 'weight', 'input_layernorm')
+            add('norm2', 'weight', 'post_attention_layernorm')
+            for part, has_qkv, has_out, has_mlp in (('weight', True, True, True),
+                                                    ('bias', config.qkv_bias, config.out_bias, config.mlp_bias)):
+                if has_qkv:
+                    add('attention.qkv', part, 'self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj')
+                if has_out:
+                    add('attention.out', part, 'self_attn.o_proj')
+                if has_mlp:
+                    add('mlp.up', part, 'mlp.gate_proj', 'mlp.up_proj')
+                    add('mlp.out', part, 'mlp.down_proj')
+            if config.qk_norm:
+                add('attention.q_norm', 'weight', 'self_attn.q_norm')
+                add('attention.k_norm', 'weight', 'self_attn.k_norm')
+        names['norm.weight'] = (('norm.weight',), False)
+    if not config.tied:
+        names['head.weight'] = (('lm_head.weight',), False)
+    return names
+
+
+def part_sizes(config, name):
+    """Rows of each Hugging Face matrix within our concatenated one."""
+    kv = config.n_kv_head * config.head_dim
+    return (config.n_head * config.head_dim, kv, kv) if '.qkv.' in name else (config.n_inner, config.n_inner)
+
+
+def hf_prefix(config, name):
+    if name == 'lm_head.weight':
+        return name
+    return ('transformer.' if config.family == 'gpt2' else 'model.') + name
+
+
+def config_from_hf(hf, source='config.json'):
+    """A ModelConfig from config.json's dictionary; UserError, by name, for whatever this Transformer does not cover."""
+    def refuse(what):
+        raise UserError(f'{source}: {what} is not covered (this code knows {", ".join(FAMILIES)})')
+
+    family = hf.get('model_type')
+    if family not in FAMILIES:
+        refuse(f'the architecture {family!r}')
+    if hf.get('quantization_config'):
+        refuse('a quantized checkpoint')
+    try:
+        if family == 'gpt2':
+            activations = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
+            activation = hf.get('activation_function', 'gelu_new')
+            if activation not in activations:
+                refuse(f'activation_function {activation!r}')
+            if not hf.get('scale_attn_weights', True) or hf.get('scale_attn_by_inverse_layer_idx') or hf.get('add_cross_attention'):
+                refuse('this variant of GPT-2 attention')
+            C, H = hf['n_embd'], hf['n_head']
+            return ModelConfig(
+                family='gpt2', vocab_size=hf['vocab_size'], block_size=hf['n_positions'], n_layer=hf['n_layer'], n_head=H,
+                n_kv_head=H, n_embd=C, head_dim=C // H, n_inner=hf.get('n_inner') or 4 * C, norm='layer', rope_theta=0.0,
+                norm_eps=hf.get('layer_norm_epsilon', 1e-5), activation=activations[activation], qkv_bias=True, out_bias=True,
+                mlp_bias=True, tied=hf.get('tie_word_embeddings', True))
+
+        if hf.get('hidden_act', 'silu') != 'silu':
+            refuse(f'hidden_act {hf["hidden_act"]!r}')
+        rope = dict(hf.get('rope_parameters') or hf.get('rope_scaling') or {})  # transformers 5, or 4
+        rope_type = rope.setdefault('rope_type', rope.pop('type', 'default'))
+        theta = rope.pop('rope_theta', None) or hf.get('rope_theta', 10000.0)
+        if rope_type not in ('default', 'linear', 'llama3'):
+            refuse(f'rope scaling {rope_type!r}')
+        if rope.get('partial_rotary_factor', hf.get('partial_rotary_factor', 1.0)) != 1.0:
+            refuse('partial rotary positions')
+        H, block_size = hf['num_attention_heads'], hf['max_position_embeddings']
+        # Within the window, sliding-window attention is full attention; so the window is the longest context we promise.
+        if hf.get('sliding_window') and (family == 'mistral' or hf.get('use_sliding_window')):
+            block_size = min(block_size, hf['sliding_window'])
+        bias = bool(hf.get('attention_bias', False))
+        return ModelConfig(
+            family=family, vocab_size=hf['vocab_size'], block_size=block_size, n_layer=hf['num_hidden_layers'], n_head=H,
+            n_kv_head=hf.get('num_key_value_heads') or H, n_embd=hf['hidden_size'],
+            head_dim=hf.get('head_dim') or hf['hidden_size'] // H, n_inner=hf['intermediate_size'],
+            norm_eps=hf.get('rms_norm_eps', 1e-6), rope_theta=float(theta), rope_scaling=None if rope_type == 'default' else rope,
+            qkv_bias=True if family == 'qwen2' else bias, out_bias=False if family == 'qwen2' else bias,
+            mlp_bias=bool(hf.get('mlp_bias', False)), qk_norm=family == 'qwen3', tied=bool(hf.get('tie_word_embeddings', False)))
+    except KeyError as missing:
+        raise UserError(f'{source}: the config has no {missing}') from None
+
+
+def config_to_hf(config, dtype):
+    """config.json's dictionary, in the keys of transformers 4 and 5 alike."""
+    c = config
+    if c.family == 'gpt2':
+        return dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], vocab_size=c.vocab_size, n_positions=c.block_size,
+                    n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_inner=c.n_inner, layer_norm_epsilon=c.norm_eps,
+                    activation_function='gelu_new' if c.activation == 'gelu_tanh' else 'gelu', tie_word_embeddings=c.tied,
+                    bos_token_id=None, eos_token_id=None, torch_dtype=dtype)
+    hf = dict(model_type=c.family, vocab_size=c.vocab_size, max_position_embeddings=c.block_size, num_hidden_layers=c.n_layer,
+              num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, hidden_size=c.n_embd, head_dim=c.head_dim,
+              intermediate_size=c.n_inner, rms_norm_eps=c.norm_eps, hidden_act='silu', tie_word_embeddings=c.tied,
+              rope_theta=c.rope_theta, rope_parameters={'rope_type': 'default', **(c.rope_scaling or {}), 'rope_theta': c.rope_theta},
+              bos_token_id=None, eos_token_id=None, torch_dtype=dtype)
+    if c.rope_scaling:
+        hf['rope_scaling'] = c.rope_scaling
+    hf['architectures'] = [{'llama': 'Llama', 'mistral': 'Mistral', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}[c.family] + 'ForCausalLM']
+    if c.family in ('llama', 'qwen3'):
+        hf['attention_bias'] = c.out_bias
+    if c.family == 'llama':
+        hf['mlp_bias'] = c.mlp_bias
+    if c.family == 'mistral':
+        hf['sliding_window'] = None
+    return hf
+
+
+def read_json(path):
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path}: not readable as JSON ({error})') from None
+
+
+def find_checkpoint(path):
+    """The folder that holds config.json and weights: the path itself, a run's best/ (or last/), or a download from the hub."""
+    for folder in (os.path.join(path, 'best'), os.path.join(path, 'last'), path):
+        if os.path.exists(os.path.join(folder, 'config.json')) and any(
+                name.endswith(('.safetensors', '.bin')) for name in os.listdir(folder)):
+            return folder
+    if os.path.isdir(path):
+        raise UserError(f'{path}: no checkpoint there (config.json with *.safetensors, or a run with best/ or last/)')
+    if path.count('/') > 1 or path.startswith(('.', '/', 'out/')):
+        raise UserError(f'{path}: no such checkpoint')
+    from huggingface_hub import snapshot_download  # slow to import, and needed for hub names alone
+    try:
+        return snapshot_download(path, allow_patterns=['*.json', '*.safetensors', 'tokenizer*', 'vocab*', 'merges*'])
+    except Exception as error:  # offline, no such name, no permission: many types, all of them the user's to mend
+        reason = str(error).strip().split('\n')[0]
+        raise UserError(f'{path}: neither a folder nor to be had from the hub ({type(error).__name__}: {reason})') from None
+
+
+def read_weights(folder):
+    """{Hugging Face's name without its model prefix: tensor on the CPU, memory-mapped where the format allows it}."""
+    index = os.path.join(folder, 'model.safetensors.index.json')
+    if os.path.exists(index):
+        files = sorted(set(read_json(index)['weight_map'].values()))
+    else:
+        files = ['model.safetensors' if os.path.exists(os.path.join(folder, 'model.safetensors')) else 'pytorch_model.bin']
+    tensors = {}
+    for file in files:
+        path = os.path.join(folder, file)
+        try:
+            if file.endswith('.bin'):
+                tensors.update(torch.load(path, map_location='cpu', weights_only=True, mmap=True))
+            else:
+                with safe_open(path, framework='pt') as f:
+                    tensors.update({name: f.get_tensor(name) for name in f.keys()})
+        except Exception as error:  # torn, truncated or missing: each library has its own exception for it
+            reason = str(error).strip().split('\n')[0]
+            raise UserError(f'{path}: the checkpoint is missing or broken ({type(error).__name__}: {reason})') from None
+    return {name.removeprefix('transformer.').removeprefix('model.'): tensor for name, tensor in tensors.items()}
+
+
+def replace_folder(tmp, path):
+    """Puts a finished folder in another's place. The old one goes last, so that there is a whole one at every moment."""
+    old = path.rstrip('/') + '.old'
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(path):
+        os.rename(path, old)
+    os.rename(tmp, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# -----------------------------------------------------------------------------
+# device and optimizer
+
+def setup(device='auto', dtype='auto', seed=0):
+    """(torch.device, dtype of the matrix products): seeds torch and picks 'auto' as CUDA, then MPS, then CPU; bf16 where
+    the GPU has it, else fp32. Weights stay fp32 masters; autocast(device, dtype) does the rest."""
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise UserError('several processes are not supported yet: start with plain python, or --nproc_per_node=1')
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except Exception as error:
+        raise UserError(f'device {str(device)!r} cannot be used: {str(error).strip().split(chr(10))[0]}') from None
+    if dtype == 'auto':
+        dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
+    if dtype not in ('float32', 'bfloat16'):
+        raise UserError(f"dtype is 'auto', 'float32' or 'bfloat16', not {dtype!r}")
+    torch.manual_seed(seed)
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')  # TF32 for what stays fp32 beside bf16
+    if device.type == 'cpu':
+        fast_cpu_matmul()
+    return device, getattr(torch, dtype)
+
+
+def fast_cpu_matmul():
+    """Sends fp32 matrix products to oneDNN, which is about twice as fast as the default on AMD cores. The switch that does
+    it permits bf16 inside, which a core with AMX would use: so it stays on only where the products are still true fp32."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.backends.mkldnn, 'matmul'):
+        return
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = 'bf16'
+    error = (F.linear(a, b) - F.linear(a.double(), b.double())).abs().max()
+    if error > 1e-3:  # true fp32 is off by 3e-5 here, bf16 by 0.2
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
+    """AdamW with decay on matrices alone: a gain, a bias or a norm has nothing to shrink towards zero for."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
+              {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def save_state(path, model, tokenizer, optimizer, state):
+    """A checkpoint from which a run can go on: weights, tokenizer, optimizer and `state`, a dictionary of plain values."""
+    model.save_pretrained(path, tokenizer, train_state={'optimizer': optimizer.state_dict(), 'state': state})
+
+
+def load_state(path, optimizer):
+    """Fills the optimizer from such a checkpoint and returns its `state`."""
+    file = os.path.join(path, 'train_state.pt')
+    try:
+        saved = torch.load(file, map_location='cpu', weights_only=True)
+        optimizer.load_state_dict(saved['optimizer'])
+        return saved['state']
+    except Exception as error:  # missing, torn, or of another model
+        reason = str(error).strip().split('\n')[0]
+        raise UserError(f'{file}: nothing to resume from ({type(error).__name__}: {reason})') from None
+
+
+if __name__ == '__main__':
+    override(globals())
+    if not init_from:
+        raise UserError('which checkpoint? --init_from=out/demo_sft')
+    model = Transformer.from_pretrained(init_from)
+    for key, value in asdict(model.config).items():
+        print(f'{key:14s} {value}')
+    print(f'{model.n_params():,} parameters')

@@ -1,0 +1,375 @@
+"""
+Text to token ids and back, and the batched sampler.
+
+A prompt is prefilled once and its keys and values are repeated for its K samples. All rows of a batch then share one slot
+counter (shorter prompts are padded on the left, and masked), so that a decoding step appends to the cache with one slice
+assignment; rows that ended leave the batch. Every row draws from a random stream of its own, a hash of (seed, prompt,
+number of the sample): its tokens depend neither on its batch-mates nor on the order of the work, so that an exploration
+that was stopped half-way, or spread over machines, gives the same samples as one that was not.
+
+$ python sample.py --init_from=out/demo_sft --start="Tom has 3 apples. He buys 4 more. How many apples does he have?"
+$ python sample.py --init_from=HuggingFaceTB/SmolLM2-135M --raw --start="Once upon a time" --k=3
+"""
+import base64
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from typing import NamedTuple
+
+import tiktoken
+import torch
+
+import rewards
+from config import UserError, bar, override
+from model import KVCache, Transformer, autocast, find_checkpoint, read_json, setup
+
+# -----------------------------------------------------------------------------
+# settings, for running this file as a script
+init_from = ''        # a checkpoint: a run's folder, a Hugging Face folder or a hub name
+start = ''            # the question (or with --raw the text to continue); empty: read from the terminal, one a line
+raw = False           # feed `start` as it is, without "Question: ... Answer:" around it
+k = 1                 # samples of each prompt
+max_new_tokens = 256  # budget of every sample
+temperature = 0.7     # 0: greedy
+top_k = 0             # draw among the k likeliest tokens only; 0: all
+top_p = 1.0           # draw among the likeliest tokens that hold this share of the mass; 1: all
+stop = ()             # strings that end a sample, e.g. --stop='["\n\n"]'
+seed = 0
+device = 'auto'       # 'auto', 'cpu', 'cuda', 'mps'
+dtype = 'auto'        # of the matrix products: 'auto', 'float32', 'bfloat16'
+# -----------------------------------------------------------------------------
+
+
+# -----------------------------------------------------------------------------
+# tokenizers: encode(text) -> ids, decode(ids) -> text, eos (id), bos (list of ids), vocab_size, save(folder)
+
+class PromptEncoding:
+    """What both kinds of tokenizer do alike."""
+
+    def encode_prompt(self, text):
+        return self.bos + self.encode(text)
+
+    def encode_pair(self, prompt, completion):
+        """(prompt ids, completion ids). The completion is what follows the prompt in the whole text's encoding, since the
+        first token of a text on its own may differ (sentencepiece puts a space before it); on its own if the border falls
+        within a token."""
+        whole, head = self.encode_prompt(prompt + completion), self.encode_prompt(prompt)
+        if whole[:len(head)] == head:
+            return head, whole[len(head):]
+        return head, self.encode(completion)
+
+
+class BPETokenizer(PromptEncoding):
+    """A byte-level BPE held in a tiktoken.Encoding; its only special token is the end of text."""
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+        self.bos, self.eos = [], encoding.eot_token
+        self.vocab_size = encoding.n_vocab
+
+    def encode(self, text):
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids):
+        return self.encoding.decode([i for i in ids if i < self.eos])  # the rest is EOS, and rows that pad the embedding
+
+    def save(self, folder):
+        """bpe.json, from which we load, and the files from which AutoTokenizer makes the same ids."""
+        ranks = self.encoding._mergeable_ranks
+        tokens = sorted(ranks, key=ranks.get)
+        with open(os.path.join(folder, 'bpe.json'), 'w') as f:
+            json.dump({'pattern': self.encoding._pat_str, 'tokens': [base64.b64encode(t).decode() for t in tokens]}, f)
+
+        # Hugging Face writes bytes as printable characters and lists merges as pairs; tiktoken merges any two neighbours
+        # whose concatenation is a token, so that every such pair is a merge, in the order of the tokens.
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+        text = {t: ''.join(BYTE_TO_CHAR[b] for b in t) for t in tokens}
+        merges = []
+        for token in tokens:
+            pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+            merges += [(text[a], text[b]) for a, b in sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))]
+        hf = Tokenizer(models.BPE(vocab={text[t]: ranks[t] for t in tokens}, merges=merges))
+        hf.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(self.encoding._pat_str), 'isolated'),
+                                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        hf.decoder = decoders.ByteLevel()
+        PreTrainedTokenizerFast(tokenizer_object=hf, eos_token=EOS, clean_up_tokenization_spaces=False).save_pretrained(folder)
+
+
+class HFTokenizer(PromptEncoding):
+    """Any fast tokenizer that AutoTokenizer loads."""
+
+    def __init__(self, hf, name):
+        if hf.eos_token_id is None:
+            raise UserError(f'{name}: the tokenizer has no end-of-text token')
+        self.hf, self.eos, self.vocab_size = hf, hf.eos_token_id, len(hf)
+        self.bos = [i for i in hf('')['input_ids'] if i != self.eos]  # what it puts before every text: <s> for Llama
+
+    def encode(self, text):
+        return self.hf(text, add_special_tokens=False)['input_ids']
+
+    def decode(self, ids):
+        return self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def save(self, folder):
+        self.hf.save_pretrained(folder)
+
+
+EOS = '<|endoftext|>'
+# Digits one by one, words with the space before them, runs of signs, white space: '<<12+3=15>>' is << 1 2 + 3 = 1 5 >>.
+PATTERN = r"""\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"""
+# GPT-2's printable character for each byte: itself where it can be seen, else the next one from 256 on.
+VISIBLE = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]
+BYTE_TO_CHAR = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(VISIBLE)))}
+CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+
+
+def bpe_tokenizer(tokens, pattern=PATTERN):
+    """A BPETokenizer from its tokens (bytes), in the order in which they merge."""
+    return BPETokenizer(tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks={t: i for i, t in enumerate(tokens)},
+                                          special_tokens={EOS: len(tokens)}))
+
+
+def learn_bpe(texts, n_merges):
+    """A byte-level BPE of at most n_merges merges (fewer if the texts have no more pairs) learned from texts."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERN), 'isolated'),
+                                                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    trainer = trainers.BpeTrainer(vocab_size=256 + n_merges, show_progress=False, min_frequency=2,
+                                  initial_alphabet=sorted(BYTE_TO_CHAR.values()))
+    learner.train_from_iterator(texts, trainer)
+    vocab = learner.get_vocab()
+    learned = [bytes(CHAR_TO_BYTE[char] for char in token) for token in sorted(vocab, key=vocab.get)]
+    return bpe_tokenizer([bytes([b]) for b in range(256)] + [t for t in learned if len(t) > 1])
+
+
+def load_tokenizer(path):
+    """The tokenizer of a checkpoint, a run's folder or a tokenizer's folder; 'gpt2' for tiktoken's; else a hub name."""
+    for folder in (os.path.join(path, 'best'), os.path.join(path, 'last'), path):
+        if os.path.exists(os.path.join(folder, 'bpe.json')):
+            saved = read_json(os.path.join(folder, 'bpe.json'))
+            return bpe_tokenizer([base64.b64decode(t) for t in saved['tokens']], saved['pattern'])
+        if os.path.exists(os.path.join(folder, 'tokenizer_config.json')):
+            path = folder
+            break
+    try:
+        if path == 'gpt2' and not os.path.isdir(path):
+            return BPETokenizer(tiktoken.get_encoding('gpt2'))  # from tiktoken's cache, or downloaded
+        from transformers import AutoTokenizer  # seconds to import, so only when it is needed
+        return HFTokenizer(AutoTokenizer.from_pretrained(path), path)
+    except UserError:
+        raise
+    except Exception as error:  # offline, no such name, a broken file: many types, all of them the user's to mend
+        reason = str(error).strip().split('\n')[0]
+        raise UserError(f'{path}: no tokenizer could be loaded ({type(error).__name__}: {reason})') from None
+
+
+# -----------------------------------------------------------------------------
+# random numbers and log-probabilities
+
+def random_stream(seed, prompt_ids, number):
+    """The state (int64) of the random stream of a prompt's number-th sample."""
+    digest = hashlib.blake2b(f'{seed}:{number}:{prompt_ids}'.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, 'little', signed=True)
+
+
+def uniform(stream, step):
+    """One number in (0, 1) a row: SplitMix64 (Steele, Lea and Flood 2014) at position `step` of each stream.
+
+    stream: (R,) int64. Returns (R,) fp32. int64 products wrap around in torch, as the algorithm wants; its shifts are
+    arithmetic, so that the copies of the sign bit have to be masked away."""
+    x = stream + torch.tensor(step + 1, device=stream.device) * -7046029254386353131
+    x = (x ^ ((x >> 30) & (1 << 34) - 1)) * -4658895280553007687
+    x = (x ^ ((x >> 27) & (1 << 37) - 1)) * -7723592293110705685
+    x = x ^ ((x >> 31) & (1 << 33) - 1)
+    return ((x >> 41) & (1 << 23) - 1).float() * 2 ** -23 + 2 ** -24
+
+
+def token_logprobs(logits, ids, temperature=1.0):
+    """log p(ids) under softmax(logits / temperature), as gather minus logsumexp: no (.., V) log-softmax is kept.
+
+    logits: (..., V) fp32. ids: (...). Returns (...) fp32. The one definition that sampler and trainers share."""
+    logits = logits / temperature
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def draw(logits, u, temperature, top_k=0, top_p=1.0, vocab_size=None):
+    """Next tokens (R,) from logits (R, V), by the inverse of the cumulative distribution at u (R,); argmax if temperature
+    is 0. Ids from vocab_size on, which pad the embedding, are never drawn."""
+    if vocab_size is not None and vocab_size < logits.shape[-1]:
+        logits = logits.clone()
+        logits[:, vocab_size:] = -torch.inf
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = (logits / temperature).softmax(-1)
+    if top_k:
+        p = p * (p >= p.topk(min(top_k, p.shape[-1])).values[:, -1:])
+    if top_p < 1:
+        ordered, index = p.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # the mass of the likelier tokens; the first one always stays
+        p = torch.zeros_like(p).scatter(-1, index, ordered * (before < top_p * p.sum(-1, keepdim=True)))
+    cdf = p.cumsum(-1)
+    total = cdf[:, -1:]
+    # strictly below the total, so that the token found is one at which the sum still grows: one with p > 0
+    target = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, target, right=True).squeeze(-1)
+
+
+# -----------------------------------------------------------------------------
+# the sampler
+
+class Sample(NamedTuple):
+    """One completion. A sampled EOS is its last id: an action like the others. With stop strings the ids go up to the token
+    that completed the string. finished: it ended by EOS or a stop string and not because the budget ran out."""
+    prompt_ids: list
+    ids: list
+    logprobs: list  # of each id under the whole softmax at the sampling temperature (greedy: at 1), before top-k and top-p
+    finished: bool
+
+
+class Sampler:
+    """Sampler(model, tokenizer).generate(prompts) -> list of Sample. max_rows: samples decoded at a time; the cache takes
+    max_rows * (prompt + max_new_tokens) * 2 * n_layer * n_kv_head * head_dim numbers. dtype: of the matrix products."""
+
+    def __init__(self, model, tokenizer, max_rows=256, dtype=torch.float32):
+        self.model, self.tokenizer, self.max_rows, self.dtype = model, tokenizer, max_rows, dtype
+        self.device = model.embed.weight.device
+
+    @torch.inference_mode()
+    def generate(self, prompts, k=1, max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, stop=(), seed=0, desc=None):
+        """k samples of each prompt, prompt after prompt: sample j of prompt i is result[i * k + j].
+
+        prompts: texts, or lists of ids. max_new_tokens: every row's own budget. temperature 0 is greedy. stop: strings that
+        end a sample. desc: a title for the progress bar. UserError for a bad argument, an empty prompt, and a prompt that
+        leaves no room for the budget within the model's context."""
+        for name, bad, rule in (('k', k < 1, 'at least 1'), ('max_new_tokens', max_new_tokens < 1, 'at least 1'),
+                                ('temperature', not 0 <= temperature < float('inf'), '0 (greedy) or more'),
+                                ('top_k', top_k < 0, '0 (all) or more'), ('top_p', not 0 < top_p <= 1, 'above 0 and at most 1')):
+            if bad:
+                raise UserError(f'{name} must be {rule}')
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        prompts = [self.tokenizer.encode_prompt(p) if isinstance(p, str) else list(p) for p in prompts]
+        for p in prompts:
+            if not p:
+                raise UserError('a prompt is empty')
+            if len(p) + max_new_tokens > self.model.config.block_size:
+                raise UserError(f'a prompt of {len(p)} tokens and max_new_tokens = {max_new_tokens} exceed the context of '
+                                f'{self.model.config.block_size} tokens')
+
+        # Rows are (number of the prompt, random stream). Batches are cut from the prompts in order of length, so that
+        # little of a batch is padding; the longest come first, so that a batch too large for the memory fails at once.
+        seen, streams = Counter(), []
+        for p in prompts:
+            key = tuple(p)
+            streams.append([random_stream(seed, p, seen[key] + j) for j in range(k)])
+            seen[key] += k  # the same prompt given twice gets fresh samples
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        rows = [(i, j) for i in order for j in range(k)]
+        samples = [None] * len(rows)
+        progress = bar(desc=desc, total=len(rows)) if desc else None
+        for first in range(0, len(rows), self.max_rows):
+            batch = rows[first:first + self.max_rows]
+            outs = self._decode([prompts[i] for i, j in batch], torch.tensor([streams[i][j] for i, j in batch]),
+                                max_new_tokens, temperature, top_k, top_p, stop)
+            for (i, j), (ids, logprobs, finished) in zip(batch, outs):
+                samples[i * k + j] = Sample(prompts[i], ids, logprobs, finished)
+            if progress is not None:
+                progress.update(len(batch))
+        if progress is not None:
+            progress.close()
+        return samples
+
+    def _prefill(self, prompts, max_new_tokens):
+        """Runs P prompts, padded on the left to the longest. Returns their cache, the last logits (P, V), pads (P,)."""
+        longest = max(map(len, prompts))
+        pad = torch.tensor([longest - len(p) for p in prompts], device=self.device)
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
+        slots = torch.arange(longest, device=self.device)
+        positions = (slots - pad[:, None]).clamp_min(0)  # the first real token is at position 0
+        cache = KVCache(self.model.config, len(prompts), longest + max_new_tokens, self.device, self.dtype)
+        mask = None
+        if pad.any():
+            # A query sees the real slots up to its own. Padding sees itself, so that its softmax is not 0 / 0: a NaN in its
+            # value would reach every row through 0 * NaN.
+            allowed = (slots[None, :] <= slots[:, None]) & (slots >= pad[:, None])[:, None, :] | torch.eye(
+                longest, dtype=torch.bool, device=self.device)
+            mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill(~allowed, -torch.inf)[:, None]
+        hidden = self.model.trunk(ids, positions, mask, cache)
+        return cache, self.model.logits(hidden[:, -1]), pad
+
+    def _decode(self, prompts, stream, max_new_tokens, temperature, top_k, top_p, stop):
+        """One batch of rows from prefill to the last EOS. Equal prompts must be neighbours: they are prefilled once.
+        Returns [(ids, logprobs, finished)]."""
+        unique, source = [], []  # source: row -> its prompt's number in unique
+        for p in prompts:
+            if not unique or p is not unique[-1]:
+                unique.append(p)
+            source.append(len(unique) - 1)
+        R, source = len(prompts), torch.tensor(source, device=self.device)
+        with autocast(self.device, self.dtype):
+            cache, logits, pad = self._prefill(unique, max_new_tokens)
+            cache.select(source)
+            logits, pad, stream = logits[source], pad[source], stream.to(self.device)
+            slots = torch.arange(cache.used + max_new_tokens, device=self.device)
+            mask = None
+            if pad.any():
+                hidden_slots = slots < pad[:, None]
+                mask = torch.zeros(hidden_slots.shape, dtype=self.dtype, device=self.device)
+                mask = mask.masked_fill(hidden_slots, -torch.inf)[:, None, None]  # (R, 1, 1, slots)
+
+            ids = torch.zeros(R, max_new_tokens, dtype=torch.long, device=self.device)
+            logprobs = torch.zeros(R, max_new_tokens, device=self.device)
+            length = torch.full((R,), max_new_tokens, device=self.device)
+            finished = torch.zeros(R, dtype=torch.bool, device=self.device)
+            row = torch.arange(R, device=self.device)  # the rows still in the batch; some of them may have ended
+            prompt_length = cache.used - pad
+            for t in range(max_new_tokens):
+                token = draw(logits, uniform(stream, t), temperature, top_k, top_p, self.tokenizer.vocab_size)
+                ids[row, t] = token
+                logprobs[row, t] = token_logprobs(logits, token, temperature or 1.0)
+                ended = token == self.tokenizer.eos
+                if stop:
+                    ended |= self._stopped(ids[row, :t + 1], stop)
+                new = row[ended & ~finished[row]]
+                finished[new], length[new] = True, t + 1
+                alive = ~finished[row]
+                n_alive = int(alive.sum())
+                if n_alive == 0 or t + 1 == max_new_tokens:
+                    break
+                # Rows that ended leave, but not one by one: that would copy the whole cache at every step.
+                if n_alive <= 0.8 * len(row):
+                    keep = alive.nonzero().squeeze(-1)
+                    cache.select(keep)
+                    row, stream, token, prompt_length = row[keep], stream[keep], token[keep], prompt_length[keep]
+                    mask = mask[keep] if mask is not None else None
+                hidden = self.model.trunk(token[:, None], (prompt_length + t)[:, None],
+                                          mask[..., :cache.used + 1] if mask is not None else None, cache)
+                logits = self.model.logits(hidden[:, 0])
+        outs = zip(ids.tolist(), logprobs.tolist(), length.tolist(), finished.tolist())
+        return [(i[:n], lp[:n], done) for i, lp, n, done in outs]
+
+    def _stopped(self, ids, stop):
+        """Whether each row of ids (R, t + 1) has just completed a stop string: looks at the text of its last tokens, as many
+        as the longest string has characters (a token has at least one byte), and some for a character of many bytes."""
+        tail = ids[:, -(max(map(len, stop)) + 4):].tolist()
+        return torch.tensor([any(s in self.tokenizer.decode(row) for s in stop) for row in tail], device=self.device)
+
+
+if __name__ == '__main__':
+    override(globals())
+    if not init_from:
+        raise UserError('which checkpoint? --init_from=out/demo_sft')
+    device, dtype = setup(device, dtype, seed)
+    folder = find_checkpoint(init_from)
+    sampler = Sampler(Transformer.from_pretrained(folder, device), load_tokenizer(folder), dtype=dtype)
+    if not start and sys.stdin.isatty():
+        print('a question a line; Ctrl-D ends')
+    for text in [start] if start else (line.strip() for line in sys.stdin):
+        if text:
+            prompt = text if raw else rewards.prompt(text)
+            for sample in sampler.generate([prompt], k, max_new_tokens, temperature, top_k, top_p, stop, seed):
+                print((text if raw else '') + sampler.tokenizer.decode(sample.ids) + ('' if sample.finished else ' [budget ended]'))
+                print('-' * 20)

@@ -1,0 +1,268 @@
+"""
+Supervised fine-tuning (Havrilla et al. 2024, section 3): maximise the log-likelihood of worked solutions given their
+questions. The loss is cross-entropy on the solution's tokens and the EOS after it; the question is read, not learned. The
+same loop trains a base model from scratch, as a plain language model on all tokens of a file of texts (text_file), and
+finetune() is what Expert Iteration distils with. An update's loss is the mean over all of its loss tokens, whatever the
+micro-batches into which memory forces it.
+
+$ python sft.py config/demo_sft.py                      # CPU: the demo's SFT, from out/demo_base
+$ python sft.py --task=gsm8k --init_from=HuggingFaceTB/SmolLM2-135M --out_dir=out/gsm8k_sft   # one GPU
+"""
+import json
+import math
+import os
+import random
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import eval as evaluation
+import rewards
+from config import Log, UserError, bar, override, read_run, start_run
+from model import FAMILIES, ModelConfig, Transformer, autocast, load_state, make_optimizer, save_state, setup
+from sample import Sampler, learn_bpe, load_tokenizer
+
+# -----------------------------------------------------------------------------
+# data
+task = 'arithmetic'       # data/<task>/, or a folder with train.jsonl and test.jsonl
+n_worked = 0              # rows of train to learn from, the first ones; 0: all of them
+text_file = ''            # instead: a file of {"text": ...} rows, e.g. data/arithmetic/base.jsonl; loss on all tokens
+# model
+init_from = 'scratch'     # 'scratch', 'resume', or a checkpoint: a run's folder, a Hugging Face folder, a hub name
+tokenizer = 'bpe'         # of a scratch model: 'bpe' (learned from the training texts), 'gpt2', a folder or a hub name
+n_merges = 500            # size of the learned BPE beyond its 256 bytes
+family = 'llama'          # of a scratch model: 'llama' or 'gpt2'
+n_layer = 4
+n_head = 4
+n_kv_head = 4             # < n_head: grouped-query attention
+n_embd = 128
+block_size = 256          # longest sequence of a scratch model, in tokens
+# optimisation
+epochs = 4.0              # paper: 4 (as recalled)
+max_steps = 0             # updates; 0: as many as `epochs` takes
+batch_size = 128          # solutions an update; paper: 128 (as recalled)
+micro_tokens = 16384      # tokens a micro-batch, padding included: what memory allows; the result does not depend on it
+lr = 2e-5                 # paper: 2e-5 cosine to 2e-7 (as recalled); a scratch model wants about 1e-3
+min_lr = 2e-7
+warmup = 0.03             # share of the updates over which the rate rises from 0
+weight_decay = 0.0
+grad_clip = 1.0           # on the global norm; 0: none
+# evaluation
+eval_interval = 0         # updates between validations; 0: once an epoch
+eval_problems = 256       # problems of the validation slice (at most its 256) for maj@1 and the validation loss
+max_new_tokens = 256      # budget of a greedy solution
+max_rows = 256            # samples decoded at a time
+# run
+out_dir = 'out/sft'
+overwrite = False         # replace the run that out_dir holds
+seed = 0
+device = 'auto'           # 'auto', 'cpu', 'cuda', 'mps'
+dtype = 'auto'            # of the matrix products: 'auto', 'float32', 'bfloat16'; weights are fp32
+compile = 'auto'          # 'on', 'off', or 'auto': on CUDA only, since on a CPU a short run is over before it pays back
+# -----------------------------------------------------------------------------
+
+
+class Example(NamedTuple):
+    """A token sequence of which the ids from n_prompt on are learned. n_prompt is at least 1: nothing predicts the first."""
+    ids: list
+    n_prompt: int
+
+
+def solution_examples(problems, tokenizer):
+    """Question -> worked solution and EOS."""
+    examples = []
+    for p in problems:
+        prompt, completion = tokenizer.encode_pair(rewards.prompt(p.question), rewards.completion(p.solution))
+        examples.append(Example(prompt + completion + [tokenizer.eos], len(prompt)))
+    return examples
+
+
+def text_examples(texts, tokenizer):
+    """Plain texts: EOS, the text, EOS, so that the first token is predicted too and a text's end is learned."""
+    return [Example([tokenizer.eos] + tokenizer.encode(text) + [tokenizer.eos], 1) for text in texts]
+
+
+def load_texts(path):
+    """The texts of a file of {"text": ...} rows."""
+    if not os.path.exists(path):
+        raise UserError(f'{path}: no such file (python data/arithmetic/prepare.py makes data/arithmetic/base.jsonl)')
+    texts = []
+    with open(path, encoding='utf-8') as f:
+        for number, line in enumerate(f, 1):
+            try:
+                texts.append(json.loads(line)['text'] + '')
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f'{path}:{number}: not a {{"text": ...}} row') from None
+    if not texts:
+        raise UserError(f'{path}: no rows')
+    return texts
+
+
+def micro_batches(examples, max_tokens):
+    """Cuts an update's examples into lists of similar length with rows * longest <= max_tokens (one row at the least)."""
+    micros, ordered = [], sorted(examples, key=lambda e: -len(e.ids))
+    while ordered:
+        rows = max(1, max_tokens // len(ordered[0].ids))
+        micros.append(ordered[:rows])
+        ordered = ordered[rows:]
+    return micros
+
+
+def loss_sum(model, examples, trunk=None):
+    """Summed cross-entropy of the learned tokens, a scalar. Padding stands on the right, where causal attention keeps it
+    from the real tokens, and the output projection is computed for the positions with a loss alone. trunk: model.trunk, or
+    a compiled form of it."""
+    device, longest = model.embed.weight.device, max(len(e.ids) for e in examples)
+    ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    learned = torch.zeros(len(examples), longest, dtype=torch.bool)  # from lengths: an id says nothing about padding
+    for row, e in enumerate(examples):
+        ids[row, :len(e.ids)] = torch.tensor(e.ids)
+        learned[row, e.n_prompt:len(e.ids)] = True
+    ids, learned = ids.to(device), learned.to(device)
+    hidden = (trunk or model.trunk)(ids[:, :-1])              # (B, T - 1, C): position t predicts token t + 1
+    logits = model.logits(hidden[learned[:, 1:]])             # (learned tokens, V)
+    return F.cross_entropy(logits, ids[:, 1:][learned[:, 1:]], reduction='sum')
+
+
+def n_learned(examples):
+    return sum(len(e.ids) - e.n_prompt for e in examples)
+
+
+@torch.no_grad()
+def mean_loss(model, examples, max_tokens, device, dtype):
+    """Validation loss: nats a learned token."""
+    with autocast(device, dtype):
+        return sum(loss_sum(model, micro).item() for micro in micro_batches(examples, max_tokens)) / n_learned(examples)
+
+
+def learning_rate(step, steps, lr, min_lr, warmup):
+    """Linear warm-up over the first share `warmup` of the updates, then a cosine from lr to min_lr at the last one."""
+    n_warmup = int(warmup * steps)
+    if step < n_warmup:
+        return lr * (step + 1) / n_warmup
+    progress = (step - n_warmup) / max(1, steps - 1 - n_warmup)
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_tokens=16384, lr=2e-5, min_lr=2e-7, warmup=0.03,
+             weight_decay=0.0, grad_clip=1.0, seed=0, dtype=torch.float32, compile=False, eval_interval=0, evaluate=None, log=None,
+             optimizer=None, start_step=0, desc='sft'):
+    """Fine-tunes model in place on a list of Example and returns the number of updates.
+
+    evaluate(step, optimizer), if given, is called every eval_interval updates (0: an epoch) and after the last one.
+    log(step, **metrics), if given, gets the loss (nats a learned token), lr, gradient norm, tokens and padding share.
+    Each epoch is a fresh permutation of the examples, a function of (seed, epoch) alone, and an update may straddle two
+    epochs; so optimizer and start_step are all it takes to go on from a checkpoint. UserError if the loss is not finite."""
+    if not examples:
+        raise UserError('there is nothing to fine-tune on')
+    if batch_size < 1 or micro_tokens < 1:
+        raise UserError('batch_size and micro_tokens must be at least 1')
+    device = model.embed.weight.device
+    steps = max_steps or math.ceil(epochs * len(examples) / batch_size)
+    eval_interval = eval_interval or math.ceil(len(examples) / batch_size)
+    optimizer = optimizer or make_optimizer(model, lr, weight_decay)
+    trunk = torch.compile(model.trunk, dynamic=True) if compile else model.trunk
+    order, epoch = [], -1
+    for step in bar(range(start_step, steps), desc=desc):
+        # 1. the update's examples: row i of the endless sequence of permuted epochs
+        batch = []
+        for i in range(step * batch_size, (step + 1) * batch_size):
+            if i // len(examples) != epoch:
+                epoch = i // len(examples)
+                order = random.Random(f'{seed}:{epoch}').sample(range(len(examples)), len(examples))
+            batch.append(examples[order[i % len(examples)]])
+        # 2. gradients, divided by the whole update's tokens before it is split: the split cannot matter
+        started, total, n_tokens, n_padded = time.time(), 0.0, n_learned(batch), 0
+        for micro in micro_batches(batch, micro_tokens):
+            with autocast(device, dtype):
+                loss = loss_sum(model, micro, trunk) / n_tokens
+            loss.backward()
+            total += loss.item()
+            n_padded += len(micro) * len(micro[0].ids)
+        # 3. the update
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise UserError(f'update {step + 1}: loss {total}, gradient norm {norm}; stopped (a lower lr helps most often)')
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(step, steps, lr, min_lr, warmup)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if log is not None and ((step + 1) % 10 == 0 or step + 1 == steps):
+            n_real = sum(len(e.ids) for e in batch)
+            log(step + 1, loss=total, lr=optimizer.param_groups[0]['lr'], grad_norm=norm, epoch=(step + 1) * batch_size / len(examples),
+                tokens_per_second=n_real / (time.time() - started), padding=1 - n_real / n_padded)
+        if evaluate is not None and ((step + 1) % eval_interval == 0 or step + 1 == steps):
+            evaluate(step + 1, optimizer)
+    return steps
+
+
+if __name__ == '__main__':
+    settings = override(globals())
+    device, dtype = setup(device, dtype, seed)
+    resume = init_from == 'resume'
+    if resume and not read_run(out_dir):
+        raise UserError(f'{out_dir}: there is no run to resume')
+
+    # 1. data and tokenizer, before anything is written
+    problems = rewards.load_problems(task, 'train') if not text_file else []
+    val_problems = rewards.load_problems(task, 'val')[:eval_problems]
+    if n_worked > len(problems) and not text_file:
+        raise UserError(f'n_worked = {n_worked}, but {task} has {len(problems)} rows to train on')
+    problems = problems[:n_worked or None]
+    texts = load_texts(text_file) if text_file else [rewards.prompt(p.question) + rewards.completion(p.solution) for p in problems]
+    if init_from != 'scratch':
+        tok = load_tokenizer(out_dir if resume else init_from)
+    else:
+        tok = learn_bpe(texts, n_merges) if tokenizer == 'bpe' else load_tokenizer(tokenizer)
+
+    # 2. model
+    if init_from == 'scratch':
+        if family not in ('llama', 'gpt2') or n_head % n_kv_head or n_embd % (2 * n_head):
+            raise UserError("a scratch model is of family 'llama' or 'gpt2', with n_embd a multiple of 2 * n_head and n_head of n_kv_head")
+        shape = dict(vocab_size=-(-tok.vocab_size // 64) * 64, block_size=block_size, n_layer=n_layer, n_head=n_head,  # 64: aligned rows
+                     n_embd=n_embd, head_dim=n_embd // n_head)
+        if family == 'llama':  # a gated mlp has three matrices: 8/3 of the width costs what 4 costs with two
+            shape |= dict(n_kv_head=n_kv_head, n_inner=-(-8 * n_embd // 3 // 32) * 32)
+        else:
+            shape |= dict(n_kv_head=n_head, n_inner=4 * n_embd, norm='layer', activation='gelu_tanh', rope_theta=0.0,
+                          qkv_bias=True, out_bias=True, mlp_bias=True)
+        model = Transformer(ModelConfig(family=family, **shape)).init_weights().to(device)
+    else:
+        model = Transformer.from_pretrained(os.path.join(out_dir, 'last') if resume else init_from, device)
+    optimizer = make_optimizer(model, lr, weight_decay)
+    state = load_state(os.path.join(out_dir, 'last'), optimizer) if resume else {'step': 0, 'best': None}
+
+    # 3. examples; what does not fit the context is left out, and said
+    examples = text_examples(texts, tok) if text_file else solution_examples(problems, tok)
+    fits = [e for e in examples if len(e.ids) <= model.config.block_size + 1]
+    if len(fits) < len(examples):
+        print(f'left out: {len(examples) - len(fits)} of {len(examples)} examples, longer than the context of {model.config.block_size}')
+    val_examples = solution_examples(val_problems, tok)
+    start_run(settings, resume, overwrite)
+    log = Log(out_dir, resume)
+    n_steps = max_steps or math.ceil(epochs * len(fits) / batch_size)
+    print(f'{model.n_params():,} parameters, vocabulary {tok.vocab_size}; {len(fits):,} examples with {n_learned(fits):,} learned tokens; '
+          f'{n_steps} updates * {batch_size} = {n_steps * batch_size:,} examples, {n_steps * batch_size / max(1, len(fits)):.1f} epochs')
+
+    def validate(step, optimizer):
+        """Validation loss and maj@1; keeps last/ (with what resuming needs) and best/."""
+        val_loss = mean_loss(model, val_examples, micro_tokens, device, dtype)
+        sampler = Sampler(model, tok, max_rows, dtype)
+        maj1 = evaluation.greedy_accuracy(sampler, val_problems, max_new_tokens)
+        log(step, val_loss=val_loss, val_maj1=maj1)
+        # A language model of plain texts is not judged by its answers. Ties go to the later step.
+        score = -val_loss if text_file else maj1
+        if state['best'] is None or score >= state['best']:
+            state['best'] = score
+            model.save_pretrained(os.path.join(out_dir, 'best'), tok)
+        state['step'] = step
+        save_state(os.path.join(out_dir, 'last'), model, tok, optimizer, state)
+
+    # 4. train
+    finetune(model, fits, epochs=epochs, max_steps=max_steps, batch_size=batch_size, micro_tokens=micro_tokens, lr=lr, min_lr=min_lr,
+             warmup=warmup, weight_decay=weight_decay, grad_clip=grad_clip, seed=seed, dtype=dtype,
+             compile=compile == 'on' or compile == 'auto' and device.type == 'cuda', eval_interval=eval_interval, evaluate=validate,
+             log=log, optimizer=optimizer, start_step=state['step'])
+    print(f'best checkpoint: {out_dir}/best')

@@ -1,0 +1,72 @@
+"""What several test files need: small models and tokenizers, made once, and the folder with the real data."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+os.environ.setdefault('HF_HUB_OFFLINE', '1')      # a test that reaches for the network is a mistake: it should fail at once
+os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
+
+import torch  # noqa: E402
+
+from model import ModelConfig, Transformer  # noqa: E402
+from sample import learn_bpe  # noqa: E402
+
+TEXTS = ['Question: Tom has 3 apples and buys 14 more. How many apples does Tom have?\nAnswer: Tom has 3+14=<<3+14=17>>17 apples.\n#### 17',
+         'Question: Ann sells 4 pens for 5 dollars each. How much money does Ann get?\nAnswer: Ann gets 4*5=<<4*5=20>>20 dollars.\n#### 20']
+
+
+def real_data(*parts):
+    """A path within the folder that DATA_DIR names; the test is skipped, saying so, where that is not there."""
+    path = os.path.join(os.environ.get('DATA_DIR', ''), *parts)
+    if not os.environ.get('DATA_DIR') or not os.path.exists(path):
+        pytest.skip(f'needs {"/".join(parts)} in the folder that the environment variable DATA_DIR names')
+    return path
+
+
+@pytest.fixture(scope='session')
+def bpe():
+    return learn_bpe(TEXTS, 120)
+
+
+def tiny_config(vocab_size, **changes):
+    shape = dict(vocab_size=vocab_size, block_size=96, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, n_inner=64)
+    return ModelConfig(**(shape | changes))
+
+
+GPT2 = dict(family='gpt2', n_kv_head=4, norm='layer', activation='gelu_tanh', rope_theta=0.0, qkv_bias=True, out_bias=True, mlp_bias=True)
+
+
+def loud(model, seed=0):
+    """Random weights large enough that every part of the model shows in its logits: at the usual initialisation, attention
+    is almost uniform and a fault in positions or masks hardly moves them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            std = 0.3 if p.dim() == 1 else 1.5 / p.shape[1] ** 0.5
+            p.copy_(torch.randn(p.shape, generator=generator) * std + (1 if p.dim() == 1 and name.endswith('weight') else 0))
+    return model
+
+
+@pytest.fixture(scope='session', params=['llama', 'gpt2'])
+def model(request, bpe):
+    """A small model with rotary or learned positions; padding on learned positions shows what rotary ones hide."""
+    return loud(Transformer(tiny_config(bpe.vocab_size + 7, **(GPT2 if request.param == 'gpt2' else {}))))
+
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def script():
+    """script('sft.py', flags ..., code=0) runs a script as a user would and checks its exit code."""
+    def run(*command, code=0):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
+                              env=os.environ | {'OMP_NUM_THREADS': '2'})
+        assert done.returncode == code, f'{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}'
+        return done
+    return run

@@ -1,0 +1,175 @@
+"""The metrics: goldens, identities, and the evaluation's life on disk."""
+import itertools
+import json
+
+import pytest
+from conftest import loud, tiny_config
+
+import eval as evaluation
+from config import UserError
+from eval import judge, maj_at_k, markdown_table, pass_at_k, read_records, rerank_at_k, summarize, unique_equations
+from model import Transformer
+from rewards import Problem
+from sample import Sample
+
+
+def test_pass_at_k_by_exact_enumeration():
+    for n in range(1, 8):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
+                assert pass_at_k(n, c, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
+
+
+def test_pass_at_k_goldens():
+    assert [pass_at_k(4, 1, k) for k in (1, 2, 4)] == [0.25, 0.5, 1.0]
+    assert pass_at_k(96, 0, 96) == 0.0 and pass_at_k(96, 1, 96) == 1.0  # n = k is plainly "any"
+    assert pass_at_k(200, 3, 100) == pytest.approx(1 - (100 * 99 * 98) / (200 * 199 * 198))
+    values = [pass_at_k(96, 7, k) for k in range(1, 97)]
+    assert values == sorted(values)
+    for bad in ((4, 5, 1), (4, -1, 1), (4, 1, 5), (4, 1, 0)):
+        with pytest.raises(ValueError):
+            pass_at_k(*bad)
+
+
+@pytest.mark.parametrize('answers, right, expected', [
+    (['5', '7', '7'], '7', 1.0), (['5', '7', '7'], '5', 0.0),
+    (['5', '7'], '5', 1.0), (['7', '5'], '5', 0.0),                      # a tie: the first given wins
+    (['7', '5', '5', '7'], '7', 1.0), (['7', '5', '5', '7'], '5', 0.0),
+    ([None, None, '5'], '5', 1.0),                                       # no answer, no vote
+    ([None, None], '5', 0.0), ([], '5', 0.0), (['5'], '5', 1.0)])
+def test_maj_at_k(answers, right, expected):
+    assert maj_at_k(answers, [a == right for a in answers]) == expected
+
+
+def test_rerank_at_k():
+    assert rerank_at_k([0.1, 0.9, 0.5], [True, False, True]) == 0.0
+    assert rerank_at_k([0.1, 0.5, 0.9], [False, False, True]) == 1.0
+    assert rerank_at_k([0.9, 0.9], [True, False]) == 1.0  # a tie: the first
+
+
+def sample_record(answer, right='5', text=None, finished=True, tokens=10, **more):
+    return {'text': text or f' #### {answer}', 'answer': answer, 'correct': answer == right, 'finished': finished, 'tokens': tokens} | more
+
+
+def problem_record(greedy, *answers, **more):
+    return {'question': 'q', 'answer': '5', 'greedy': sample_record(greedy), 'samples': [sample_record(a, **more) for a in answers]}
+
+
+def test_summary_by_hand():
+    records = [problem_record('5', '5', '5', '3', '4'), problem_record('3', '3', '3', '5', '5'), problem_record('5', None, None, None, '5'),
+               problem_record(None, '1', '2', '3', '4')]
+    metrics = summarize(records)
+    assert metrics['maj@1'] == (0.5, pytest.approx(0.5 / 3 ** 0.5))  # sqrt(p (1 - p) / (n - 1))
+    assert metrics['maj@4'][0] == 0.5
+    assert metrics['pass@1'][0] == pytest.approx((2 + 2 + 1 + 0) / 16)
+    assert metrics['pass@2'][0] == pytest.approx((5 / 6 + 5 / 6 + 1 / 2 + 0) / 4)
+    assert metrics['pass@4'][0] == 0.75
+    assert 'rerank@4' not in metrics
+    for record in records:
+        for score, s in enumerate(record['samples']):
+            s['score'] = score
+    assert summarize(records)['rerank@4'][0] == 0.5  # the last sample of each
+
+
+def test_at_one_sample_every_measure_is_the_same():
+    records = [problem_record('5', a, score=1.0) for a in ('5', '5', '3', None)]
+    metrics = summarize(records)
+    assert metrics['maj@1'][0] == 1.0 and metrics['pass@1'] == metrics['rerank@1']
+    for r in records:
+        r['greedy'] = r['samples'][0]
+    metrics = summarize(records)
+    assert metrics['maj@1'] == metrics['pass@1'] == metrics['rerank@1']
+
+
+def test_greedy_alone_and_lengths():
+    metrics = summarize([problem_record('5'), problem_record('3')])
+    assert metrics['maj@1'][0] == 0.5 and not any(m.startswith(('pass', 'maj@0')) for m in metrics)
+    records = [problem_record('5', '5', '3')]
+    records[0]['samples'][1] |= {'finished': False, 'tokens': 30}
+    assert summarize(records)['truncated'][0] == 0.5 and summarize(records)['tokens'][0] == 20
+
+
+def test_unique_equations():
+    texts = ['<<1+2=3>>3', 'so <<1+2=3>> 3', '<<2+1=3>>3', '<<1+2=3>> then <<3*2=6>>']
+    assert unique_equations([{'text': t} for t in texts]) == 3
+
+
+class Decodes:
+    eos = 0
+
+    def decode(self, ids):
+        return ''.join(chr(i) for i in ids if i)
+
+
+@pytest.mark.parametrize('text, finished, stop, correct', [
+    (' so\n#### 18', True, (), True), (' so\n#### 18.0', True, (), True), (' so\n#### 8', True, (), False),
+    (' so\n#### 18', False, (), False),                                                   # cut off: perhaps it was 189
+    (' so\n#### 18\nQuestion: x\nAnswer:\n#### 7', True, ('\nQuestion:',), True)])       # what follows a stop is not read
+def test_judge(text, finished, stop, correct):
+    sample = Sample([1], [ord(c) for c in text] + [0], [0.0] * (len(text) + 1), finished)
+    record = judge(sample, Problem('q', '#### 18', '18'), Decodes(), stop)
+    assert record['correct'] is correct and record['tokens'] == len(text) + 1
+    assert not stop or 'Question' not in record['text']
+
+
+def test_torn_records_file(tmp_path):
+    path = tmp_path / 'eval_x.jsonl'
+    path.write_text(json.dumps({'k': 2}) + '\n' + json.dumps({'index': 0}) + '\n' + '{"index": 1, "gre')
+    assert read_records(str(path)) == ({'k': 2}, [{'index': 0}])
+    assert read_records(str(tmp_path / 'absent')) == ({}, [])
+
+
+def test_markdown_table():
+    summary = {'task': 't', 'problems': 4, 'k': 4, 'metrics': {'maj@1': (0.5, 0.25), 'pass@1': (0.1, 0.1), 'pass@4': (1.0, 0.0), 'tokens': (12.34, 1)}}
+    lines = markdown_table({'a': summary, 'b': summary | {'metrics': {'maj@1': (0.25, None)}}}).split('\n')
+    assert lines[0] == '| run | task | problems | maj@1 | pass@4 | tokens |'
+    assert lines[2] == '| a | t | 4 | 50.0 ± 25.0 | 100.0 ± 0.0 | 12.3 |'
+    assert lines[3] == '| b | t | 4 | 25.0 |  |  |'
+    assert len({line.count('|') for line in lines}) == 1
+
+
+def test_compare_needs_an_evaluation(tmp_path):
+    with pytest.raises(UserError, match='no eval_<task>.json there'):
+        evaluation.compare([str(tmp_path)])
+
+
+# -----------------------------------------------------------------------------
+# the script
+
+@pytest.fixture
+def run(tmp_path, bpe, script):
+    """Writes a tiny policy and a tiny task; returns a function that runs eval.py on them."""
+    loud(Transformer(tiny_config(bpe.vocab_size))).save_pretrained(str(tmp_path / 'm'), bpe)
+    row = json.dumps({'question': 'Tom has 3', 'answer': 'Tom has 3\n#### 3'}) + '\n'
+    (tmp_path / 'task').mkdir()
+    (tmp_path / 'task' / 'train.jsonl').write_text(row * 300)
+    (tmp_path / 'task' / 'test.jsonl').write_text(''.join(row.replace('has 3', f'has {i}') for i in range(6)))
+    return lambda *flags, code=0: script('eval.py', f'--init_from={tmp_path}/m', f'--task={tmp_path}/task', '--k=3', '--max_new_tokens=12',
+                                         '--device=cpu', '--max_rows=1', *flags, code=code)
+
+
+def test_an_interrupted_evaluation_goes_on_and_other_settings_are_refused(run, tmp_path):
+    out = run()
+    assert '| maj@1 | maj@3 | pass@3 |' in out.stdout
+    records, summary = (tmp_path / 'm' / 'eval_task.jsonl').read_text(), (tmp_path / 'm' / 'eval_task.json').read_text()
+    (tmp_path / 'm' / 'eval_task.jsonl').write_text(records[:int(len(records) * 0.6)])
+    run()
+    assert (tmp_path / 'm' / 'eval_task.jsonl').read_text() == records
+    assert (tmp_path / 'm' / 'eval_task.json').read_text() == summary
+    refused = run('--temperature=0.5', code=2)
+    assert 'other settings (temperature)' in refused.stderr and refused.stderr.count('\n') == 1
+    assert (tmp_path / 'm' / 'eval_task.jsonl').read_text() == records
+    run('--temperature=0.5', '--overwrite')
+    assert (tmp_path / 'm' / 'eval_task.jsonl').read_text() != records
+
+
+def test_few_shot_prompts_fit_or_are_refused(run):
+    assert 'exceed the context of 96 tokens' in run('--few_shot=20', code=2).stderr
+
+
+def test_compare_script(run, script, tmp_path):
+    run()
+    table = script('eval.py', '--compare', f'{tmp_path}/m', f'{tmp_path}/m').stdout
+    assert f'| {tmp_path}/m | task | 6 |' in table
+    assert 'use: python eval.py --compare' in script('eval.py', '--compare', code=2).stderr

@@ -1,0 +1,282 @@
+"""The Transformer against transformers' own models, and its life on disk."""
+import json
+import os
+
+import pytest
+import torch
+import transformers
+from conftest import GPT2, loud, real_data, tiny_config
+from safetensors.torch import load_file, save_file
+
+from config import UserError
+from model import (KVCache, ModelConfig, Transformer, config_from_hf, config_to_hf, fast_cpu_matmul, load_state, make_optimizer,
+                   save_state, setup)
+
+V = 130
+LLAMA = dict(vocab_size=V, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+             max_position_embeddings=64)
+LLAMA3_ROPE = dict(rope_type='llama3', rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=32)
+HF_CONFIGS = {
+    'gpt2': lambda: transformers.GPT2Config(vocab_size=V, n_embd=48, n_layer=3, n_head=4, n_positions=64),
+    'gpt2, exact gelu, n_inner': lambda: transformers.GPT2Config(vocab_size=V, n_embd=48, n_layer=2, n_head=4, n_positions=64, n_inner=80,
+                                                                 activation_function='gelu'),
+    'llama, grouped queries, tied': lambda: transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True),
+    'llama 1': lambda: transformers.LlamaConfig(**(LLAMA | {'num_key_value_heads': 6}), rms_norm_eps=1e-6),
+    'llama, biases': lambda: transformers.LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True),
+    'llama 3.1': lambda: transformers.LlamaConfig(**LLAMA, rope_parameters=LLAMA3_ROPE),
+    'llama, linear rope scaling': lambda: transformers.LlamaConfig(**LLAMA, rope_parameters=dict(rope_type='linear', rope_theta=1e4, factor=2.0)),
+    'mistral': lambda: transformers.MistralConfig(**LLAMA, sliding_window=None),
+    'mistral, wide heads, window': lambda: transformers.MistralConfig(**LLAMA, head_dim=16, sliding_window=60),
+    'qwen2': lambda: transformers.Qwen2Config(**LLAMA),
+    'qwen2, tied': lambda: transformers.Qwen2Config(**LLAMA, tie_word_embeddings=True),
+    'qwen3': lambda: transformers.Qwen3Config(**LLAMA, head_dim=16),
+}
+
+
+def hf_model(config):
+    return loud(transformers.AutoModelForCausalLM.from_config(config).eval())
+
+
+@pytest.mark.parametrize('name', HF_CONFIGS)
+def test_logits_equal_transformers_and_export_returns_them(name, tmp_path):
+    theirs = hf_model(HF_CONFIGS[name]())
+    theirs.save_pretrained(tmp_path / 'theirs')
+    ours = Transformer.from_pretrained(str(tmp_path / 'theirs'))
+    ids = torch.randint(0, V, (2, 50), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert expected.std() > 0.5  # logits that would show a fault
+        torch.testing.assert_close(ours(ids), expected, atol=1e-5, rtol=1e-5)
+        ours.save_pretrained(str(tmp_path / 'ours'))
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ours').eval()
+        torch.testing.assert_close(again(ids).logits, expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(Transformer.from_pretrained(str(tmp_path / 'ours'))(ids), ours(ids))
+
+
+def test_sharded_checkpoint(tmp_path):
+    theirs = hf_model(HF_CONFIGS['qwen2']())
+    theirs.save_pretrained(tmp_path, max_shard_size='100KB')
+    assert len([n for n in os.listdir(tmp_path) if n.endswith('.safetensors')]) > 1
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(Transformer.from_pretrained(str(tmp_path))(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_checkpoint_as_torch_file(tmp_path):
+    theirs = hf_model(HF_CONFIGS['gpt2']())
+    theirs.config.save_pretrained(tmp_path)
+    torch.save(theirs.transformer.state_dict(), tmp_path / 'pytorch_model.bin')  # without the prefix, as on the hub
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(Transformer.from_pretrained(str(tmp_path))(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_real_checkpoint():
+    folder = real_data('weights', 'stories260K')
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), Transformer.from_pretrained(folder)
+    assert ours.n_params() == 260_032
+    ids = torch.randint(0, 512, (2, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('changes', [{}, GPT2, {'qk_norm': True, 'family': 'qwen3'}])
+def test_cached_equals_full_forward(changes):
+    model = loud(Transformer(tiny_config(V, **changes)))
+    ids = torch.randint(0, V, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        full = model(ids)
+        cache = KVCache(model.config, 3, 20, 'cpu', torch.float32)
+        parts = [model(ids[:, :7], cache=cache)] + [model(ids[:, t:t + 1], cache=cache) for t in range(7, 20)]
+    torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-5, rtol=1e-5)
+
+
+def test_cache_select_repeats_and_drops_rows():
+    model = loud(Transformer(tiny_config(V)))
+    ids = torch.randint(0, V, (3, 9), generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor([2, 0, 0])
+    with torch.no_grad():
+        cache = KVCache(model.config, 3, 9, 'cpu', torch.float32)
+        model(ids[:, :8], cache=cache)
+        cache.select(rows)
+        last = model(ids[rows, 8:], cache=cache)
+        torch.testing.assert_close(last[:, 0], model(ids)[rows, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_is_close():
+    model = loud(Transformer(tiny_config(V)))
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        reference = model(ids)
+        with torch.autocast('cpu', torch.bfloat16):
+            logits = model(ids)
+    assert logits.dtype == torch.float32
+    assert (logits - reference).abs().mean() < 0.05 * reference.std()
+
+
+def test_context_is_a_limit():
+    model = Transformer(tiny_config(V, block_size=16))
+    model(torch.zeros(1, 16, dtype=torch.long))
+    with pytest.raises(UserError, match='17 tokens exceed the context of 16'):
+        model(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_value_head_starts_at_zero_leaves_the_logits_and_is_saved(tmp_path):
+    model = loud(Transformer(tiny_config(V)))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        before = model(ids)
+        model.add_value_head()
+        assert torch.equal(model(ids), before)
+        assert torch.equal(model.values(model.trunk(ids)), torch.zeros(1, 20))
+        model.value_head.weight.fill_(0.5)
+        model.save_pretrained(str(tmp_path / 'm'))
+        again = Transformer.from_pretrained(str(tmp_path / 'm'))
+        assert torch.equal(again.values(again.trunk(ids)), model.values(model.trunk(ids)))
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'm')  # which does not know it, and need not
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'model_type': 'gemma2'}, "architecture 'gemma2'"),
+    ({'hidden_act': 'gelu'}, "hidden_act 'gelu'"),
+    ({'rope_scaling': {'type': 'yarn', 'factor': 4.0}}, "rope scaling 'yarn'"),
+    ({'partial_rotary_factor': 0.5}, 'partial rotary'),
+    ({'quantization_config': {'bits': 4}}, 'quantized'),
+    ({'hidden_size': None}, "no 'hidden_size'"),
+])
+def test_what_is_not_covered_is_refused_by_name(change, message):
+    hf = config_to_hf(tiny_config(V), 'float32')
+    hf.pop('rope_parameters')
+    hf |= change
+    if change == {'hidden_size': None}:
+        hf.pop('hidden_size')
+    with pytest.raises(UserError, match=message):
+        config_from_hf(hf)
+
+
+def test_a_sliding_window_bounds_the_context():
+    hf = config_to_hf(tiny_config(V, family='mistral', block_size=4096), 'float32')
+    assert config_from_hf(hf).block_size == 4096
+    assert config_from_hf(hf | {'sliding_window': 512}).block_size == 512
+    qwen = config_to_hf(tiny_config(V, family='qwen2', block_size=4096, qkv_bias=True), 'float32') | {'sliding_window': 512}
+    assert config_from_hf(qwen | {'use_sliding_window': False}).block_size == 4096
+    assert config_from_hf(qwen | {'use_sliding_window': True}).block_size == 512
+
+
+@pytest.mark.parametrize('family, changes', [('llama', {'rope_scaling': dict(rope_type='linear', factor=2.0)}), ('gpt2', GPT2),
+                                             ('qwen3', {'qk_norm': True, 'tied': False})])
+def test_config_round_trip(family, changes):
+    config = tiny_config(V, **({'family': family} | changes))
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(config, 'float32')))) == config
+
+
+class TestBrokenCheckpoints:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        Transformer(tiny_config(V)).init_weights().save_pretrained(str(tmp_path / 'm'))
+        return tmp_path / 'm'
+
+    def refused(self, folder, match):
+        with pytest.raises(UserError, match=match) as error:
+            Transformer.from_pretrained(str(folder))
+        assert '\n' not in str(error.value)
+
+    def test_truncated(self, folder):
+        data = (folder / 'model.safetensors').read_bytes()
+        (folder / 'model.safetensors').write_bytes(data[:len(data) // 2])
+        self.refused(folder, 'model.safetensors: the checkpoint is missing or broken')
+
+    def test_missing_weight(self, folder):
+        tensors = load_file(folder / 'model.safetensors')
+        del tensors['model.layers.1.mlp.up_proj.weight']
+        save_file(tensors, folder / 'model.safetensors')
+        self.refused(folder, 'has no layers.1.mlp.up_proj.weight')
+
+    def test_extra_weight(self, folder):
+        save_file(load_file(folder / 'model.safetensors') | {'model.layers.0.self_attn.q_proj.bias': torch.zeros(32)},
+                  folder / 'model.safetensors')
+        self.refused(folder, 'no place for: layers.0.self_attn.q_proj.bias')
+
+    def test_wrong_shape(self, folder):
+        hf = json.loads((folder / 'config.json').read_text())
+        (folder / 'config.json').write_text(json.dumps(hf | {'vocab_size': V + 1}))
+        self.refused(folder, f'shape \\({V}, 32\\), the config asks for \\({V + 1}, 32\\)')
+
+    def test_broken_config(self, folder):
+        (folder / 'config.json').write_text('{"model_type": ')
+        self.refused(folder, 'config.json: not readable as JSON')
+
+    def test_no_checkpoint(self, tmp_path):
+        self.refused(tmp_path, 'no checkpoint there')
+        self.refused(tmp_path / 'absent', 'no such checkpoint')
+
+    def test_hub_out_of_reach(self):
+        self.refused('nobody/nothing', 'neither a folder nor to be had from the hub')
+
+
+def test_run_folder_means_its_best_checkpoint(tmp_path):
+    for name, seed in (('best', 1), ('last', 2)):
+        loud(Transformer(tiny_config(V)), seed).save_pretrained(str(tmp_path / name))
+    ids = torch.arange(9)[None]
+    (tmp_path / 'config.json').write_text('{}')  # the run's own settings are no model's config
+    assert torch.equal(Transformer.from_pretrained(str(tmp_path))(ids), loud(Transformer(tiny_config(V)), 1)(ids))
+
+
+def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path):
+    for seed in (1, 2):
+        loud(Transformer(tiny_config(V)), seed).save_pretrained(str(tmp_path / 'm'))
+    assert os.listdir(tmp_path) == ['m']
+    ids = torch.arange(9)[None]
+    assert torch.equal(Transformer.from_pretrained(str(tmp_path / 'm'))(ids), loud(Transformer(tiny_config(V)), 2)(ids))
+
+
+def test_optimizer_state_round_trip_is_exact(tmp_path, bpe):
+    def step(model, optimizer):
+        model(torch.arange(12)[None]).logsumexp(-1).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model = loud(Transformer(tiny_config(bpe.vocab_size)))
+    optimizer = make_optimizer(model, 1e-2, 0.1)
+    step(model, optimizer)
+    save_state(str(tmp_path / 'last'), model, bpe, optimizer, {'step': 1, 'best': None})
+    again = Transformer.from_pretrained(str(tmp_path / 'last'))
+    optimizer2 = make_optimizer(again, 1e-2, 0.1)
+    assert load_state(str(tmp_path / 'last'), optimizer2) == {'step': 1, 'best': None}
+    for _ in range(2):
+        step(model, optimizer)
+        step(again, optimizer2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    with pytest.raises(UserError, match='nothing to resume from'):
+        load_state(str(tmp_path), optimizer2)
+
+
+def test_weight_decay_is_for_matrices():
+    groups = make_optimizer(Transformer(tiny_config(V)), 1e-3, 0.1).param_groups
+    assert all(p.dim() >= 2 for p in groups[0]['params']) and groups[0]['weight_decay'] == 0.1
+    assert all(p.dim() < 2 for p in groups[1]['params']) and groups[1]['weight_decay'] == 0.0
+
+
+def test_initialisation_keeps_the_first_loss_near_uniform():
+    torch.manual_seed(0)
+    logits = Transformer(ModelConfig()).init_weights()(torch.randint(0, 512, (4, 64)))
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.randint(0, 512, (256,)))
+    assert abs(loss.item() - torch.log(torch.tensor(512.0)).item()) < 0.1
+
+
+def test_fast_matmul_is_true_fp32():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        fast_cpu_matmul()
+        a, b = torch.randn(300, 200), torch.randn(100, 200)
+        error = (torch.nn.functional.linear(a, b) - (a.double() @ b.double().T)).abs().max()
+        assert error < 1e-4
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize('arguments, match', [(('abacus',), "device 'abacus' cannot be used"), (('cpu', 'float8'), 'dtype is')])
+def test_setup_refuses(arguments, match):
+    with pytest.raises(UserError, match=match):
+        setup(*arguments)

@@ -1,0 +1,360 @@
+"""Tokenizers and the sampler: exact where it can be exact, against transformers, the model's own forward, and statistics."""
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import GPT2, ROOT, TEXTS, loud, real_data, tiny_config
+
+from config import UserError
+from model import Transformer
+from sample import BPETokenizer, HFTokenizer, Sampler, draw, learn_bpe, load_tokenizer, random_stream, token_logprobs, uniform
+
+PROMPTS = ['Question: Tom', 'A', 'Question: Ann sells 4 pens for 5 dollars each. How much', 'Question: Tom has']  # unequal lengths
+
+
+# -----------------------------------------------------------------------------
+# tokenizers
+
+ODD_TEXT = 'Tom has  3+14=<<3+14=17>>17\n\n#### 17 é漢🙂 \t x'
+
+
+def test_bpe_round_trip_and_digits(bpe):
+    for text in TEXTS + [ODD_TEXT, '', ' ', '<|endoftext|>']:
+        assert bpe.decode(bpe.encode(text)) == text
+        assert bpe.eos not in bpe.encode(text)  # text cannot spell the special token
+    assert len(bpe.encode('1234567')) == 7
+    assert len(bpe.encode(TEXTS[0])) < len(TEXTS[0]) / 2  # it did learn merges
+    assert bpe.vocab_size == bpe.eos + 1 <= 256 + 120 + 1
+
+
+def test_bpe_is_the_same_every_time_and_from_disk(bpe, tmp_path):
+    assert learn_bpe(TEXTS, 120).encode(TEXTS[1]) == bpe.encode(TEXTS[1])
+    bpe.save(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    assert isinstance(again, BPETokenizer)
+    assert (again.encode(ODD_TEXT), again.eos, again.vocab_size) == (bpe.encode(ODD_TEXT), bpe.eos, bpe.vocab_size)
+
+
+def test_auto_tokenizer_makes_the_same_ids(bpe, tmp_path):
+    model = loud(Transformer(tiny_config(bpe.vocab_size)))
+    model.save_pretrained(str(tmp_path / 'm'), bpe)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'm')
+    for text in TEXTS + [ODD_TEXT]:
+        assert theirs(text)['input_ids'] == bpe.encode(text)
+        assert theirs.decode(bpe.encode(text)) == text
+    assert theirs.eos_token_id == bpe.eos
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'm').config.eos_token_id == bpe.eos
+
+
+def test_learned_bpe_exports_exactly_on_real_text(tmp_path):
+    with open(real_data('gsm8k', 'train.jsonl'), encoding='utf-8') as f:
+        text = f.read(300_000)
+    tokenizer = learn_bpe([text], 800)
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(text)['input_ids'] == tokenizer.encode(text)
+
+
+def test_tiktoken_gpt2(tmp_path, monkeypatch):
+    """tiktoken keeps downloads under the SHA-1 of their address; with the two files of GPT-2 there, it needs no network."""
+    folder = real_data('tokenizers', 'gpt2')
+    for name, file in (('vocab.bpe', 'vocab.bpe'), ('encoder.json', 'vocab.json')):
+        address = f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}'
+        shutil.copy(os.path.join(folder, file), tmp_path / hashlib.sha1(address.encode()).hexdigest())
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    ours, theirs = load_tokenizer('gpt2'), transformers.AutoTokenizer.from_pretrained(folder)
+    assert isinstance(ours, BPETokenizer) and (ours.vocab_size, ours.eos) == (50257, 50256)
+    for text in TEXTS + [ODD_TEXT]:
+        assert ours.encode(text) == theirs(text)['input_ids']
+    (tmp_path / 'saved').mkdir()
+    ours.save(tmp_path / 'saved')
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / 'saved')
+    for text in TEXTS + [ODD_TEXT]:
+        assert exported(text)['input_ids'] == ours.encode(text) == load_tokenizer(str(tmp_path / 'saved')).encode(text)
+
+
+@pytest.mark.parametrize('name, bos', [('gpt2', []), ('pythia_neox', []), ('mistral', [1])])
+def test_hugging_face_folders(name, bos, tmp_path):
+    tokenizer = load_tokenizer(real_data('tokenizers', name))
+    assert isinstance(tokenizer, HFTokenizer) and tokenizer.bos == bos
+    prompt, completion = 'Question: Tom has 3.\nAnswer:', ' Tom has 3+14=17.\n#### 17'
+    prompt_ids, completion_ids = tokenizer.encode_pair(prompt, completion)
+    assert prompt_ids == tokenizer.encode_prompt(prompt)
+    assert tokenizer.hf(prompt + completion)['input_ids'] == prompt_ids + completion_ids  # nothing is lost at the border
+    assert tokenizer.decode(completion_ids + [tokenizer.eos]).strip() == completion.strip()
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    assert again.encode(ODD_TEXT) == tokenizer.encode(ODD_TEXT) and again.vocab_size == tokenizer.vocab_size
+
+
+def test_pair_whose_border_falls_within_a_token(bpe):
+    assert len(bpe.encode(' apples')) == 1
+    prompt, completion = bpe.encode_pair('3 app', 'les')
+    assert prompt == bpe.encode('3 app') and completion == bpe.encode('les')
+
+
+@pytest.mark.parametrize('path', ['nobody/nothing', '/no/such/folder'])
+def test_missing_tokenizer_is_one_line(path):
+    with pytest.raises(UserError, match='no tokenizer could be loaded') as error:
+        load_tokenizer(path)
+    assert '\n' not in str(error.value)
+
+
+# -----------------------------------------------------------------------------
+# random numbers and the draw
+
+def test_uniform_is_uniform_within_and_across_streams():
+    across = uniform(torch.tensor([random_stream(0, [1, 2], j) for j in range(20000)]), 3)
+    within = torch.stack([uniform(torch.tensor([random_stream(5, [1, 2], 7)]), t)[0] for t in range(20000)])
+    for u in (across, within):
+        assert 0 < u.min() and u.max() < 1
+        counts = torch.histc(u, bins=20, min=0, max=1)
+        assert ((counts - 1000) ** 2 / 1000).sum() < 43.8  # chi-square of 19 degrees of freedom, p = .001
+        assert abs(torch.corrcoef(torch.stack([u[1:], u[:-1]]))[0, 1]) < 0.03  # 4 standard errors
+
+
+def test_splitmix64_reference():
+    """Against the algorithm in Python's own integers."""
+    mask = (1 << 64) - 1
+    for state, step in ((0, 0), (12345, 7), (-98765432123456789, 1000)):
+        x = (state + (step + 1) * 0x9E3779B97F4A7C15) & mask
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        x ^= x >> 31
+        assert uniform(torch.tensor([state]), step).item() == ((x >> 41) & (1 << 23) - 1) / 2 ** 23 + 2 ** -24
+
+
+def chi_square(tokens, p):
+    """The statistic over the tokens with p > 0, and its degrees of freedom; anything drawn at p = 0 fails at once."""
+    counts = torch.bincount(tokens, minlength=len(p)).double()
+    assert counts[p == 0].sum() == 0
+    expected = p.double()[p > 0] * len(tokens)
+    return ((counts[p > 0] - expected) ** 2 / expected).sum().item(), len(expected) - 1
+
+
+@pytest.mark.parametrize('temperature, top_k, top_p', [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 5, 1.0), (1.0, 0, 0.7), (0.8, 6, 0.9)])
+def test_draws_follow_the_softmax(temperature, top_k, top_p):
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(3)) * 1.5
+    p = (logits / temperature).softmax(-1)
+    if top_k:
+        p[p.argsort(descending=True)[top_k:]] = 0
+        p /= p.sum()
+    if top_p < 1:
+        order, mass = p.argsort(descending=True), 0.0
+        for i in order:
+            p[i], mass = (0, mass) if mass >= top_p else (p[i], mass + p[i])
+        p /= p.sum()
+    u = uniform(torch.tensor([random_stream(0, [1], j) for j in range(30000)]), 0)
+    tokens = draw(logits.expand(30000, 12).contiguous(), u, temperature, top_k, top_p)
+    statistic, freedom = chi_square(tokens, p)
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # mean and four standard deviations
+
+
+def test_draw_never_takes_padding_or_an_impossible_token():
+    logits = torch.zeros(3, 8)
+    logits[:, 0] = -torch.inf
+    logits[:, 4] = -torch.inf
+    for u in (2 ** -24, 0.5, 1 - 2 ** -24):
+        token = draw(logits, torch.full((3,), u), 1.0, vocab_size=5)
+        assert ((token > 0) & (token < 4)).all()
+    assert draw(torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([0.5]), 0.0, vocab_size=2).item() == 1  # greedy too
+
+
+def test_token_logprobs_against_log_softmax():
+    logits, ids = torch.randn(2, 5, 9), torch.randint(0, 9, (2, 5))
+    expected = (logits / 0.7).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    torch.testing.assert_close(token_logprobs(logits, ids, 0.7), expected)
+
+
+# -----------------------------------------------------------------------------
+# the sampler
+
+def alone(model, tokenizer, ids, n, temperature=0):
+    """The unbatched, uncached reference: n greedy tokens, each from a full forward pass of one row."""
+    ids, start = list(ids), len(ids)
+    for _ in range(n):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0, -1]
+        logits[tokenizer.vocab_size:] = -torch.inf
+        ids.append(logits.argmax().item())
+        if ids[-1] == tokenizer.eos:
+            break
+    return ids[start:]
+
+
+def test_greedy_equals_the_plain_loop(model, bpe):
+    for max_rows in (1, 3, 64):
+        samples = Sampler(model, bpe, max_rows).generate(PROMPTS, 1, 30, temperature=0)
+        for prompt, sample in zip(PROMPTS, samples):
+            assert sample.prompt_ids == bpe.encode(prompt)
+            assert sample.ids == alone(model, bpe, bpe.encode(prompt), 30)
+            assert sample.finished == (sample.ids[-1] == bpe.eos)
+
+
+@pytest.mark.parametrize('changes', [{}, GPT2])
+def test_greedy_equals_transformers_generate(changes, bpe, tmp_path):
+    model = loud(Transformer(tiny_config(bpe.vocab_size, **changes)))
+    model.save_pretrained(str(tmp_path / 'm'), bpe)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'm').eval()
+    for prompt, sample in zip(PROMPTS, Sampler(model, bpe).generate(PROMPTS, 1, 40, temperature=0)):
+        ids = torch.tensor([bpe.encode(prompt)])
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, pad_token_id=0)
+        assert out[0, ids.shape[1]:].tolist() == sample.ids
+
+
+def test_greedy_on_the_real_checkpoint():
+    folder = real_data('weights', 'stories260K')
+    model, tokenizer = Transformer.from_pretrained(folder), load_tokenizer(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompts = ['Once upon a time', 'Tim and Sue went to the park. They', 'One day']
+    for prompt, sample in zip(prompts, Sampler(model, tokenizer).generate(prompts, 1, 80, temperature=0)):
+        ids = torch.tensor([[1] + tokenizer.encode(prompt)])
+        assert sample.prompt_ids == ids[0].tolist()  # with its <s>
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=80, do_sample=False)
+        assert out[0, ids.shape[1]:].tolist() == sample.ids
+
+
+@pytest.mark.parametrize('temperature', [0, 0.7, 1.3])
+def test_logprobs_equal_the_trainers_forward(model, bpe, temperature):
+    for s in Sampler(model, bpe).generate(PROMPTS, 5, 25, temperature):
+        with torch.no_grad():
+            logits = model(torch.tensor([s.prompt_ids + s.ids]))[0, len(s.prompt_ids) - 1:-1]
+        expected = token_logprobs(logits, torch.tensor(s.ids), temperature or 1.0)
+        torch.testing.assert_close(torch.tensor(s.logprobs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_do_not_depend_on_batch_mates_or_order(model, bpe):
+    together = Sampler(model, bpe, 64).generate(PROMPTS, 6, 30, 1.0, seed=3)
+    backwards = Sampler(model, bpe, 5).generate(PROMPTS[::-1], 6, 30, 1.0, seed=3)  # batches that split a prompt's samples
+    for i, prompt in enumerate(PROMPTS):
+        one = Sampler(model, bpe, 2).generate([prompt], 6, 30, 1.0, seed=3)
+        assert [s.ids for s in one] == [s.ids for s in together[6 * i:6 * i + 6]]
+        assert [s.ids for s in one] == [s.ids for s in backwards[6 * (3 - i):6 * (3 - i) + 6]]
+
+
+def test_seeds_and_repeated_prompts(model, bpe):
+    sampler = Sampler(model, bpe)
+    draw_ids = lambda prompts, k, seed: [tuple(s.ids) for s in sampler.generate(prompts, k, 20, 1.5, seed=seed)]  # noqa: E731
+    assert draw_ids(PROMPTS, 3, 1) == draw_ids(PROMPTS, 3, 1)
+    assert not set(draw_ids(PROMPTS, 3, 1)) & set(draw_ids(PROMPTS, 3, 2))
+    assert draw_ids([PROMPTS[0]] * 3, 2, 1) == draw_ids([PROMPTS[0]], 6, 1)  # given again, a prompt gets fresh samples
+    assert draw_ids([PROMPTS[0]], 6, 1)[:3] == draw_ids([PROMPTS[0]], 3, 1)  # more samples leave the first ones as they are
+
+
+class Uniform(torch.nn.Module):
+    """A stand-in for the model with uniform logits: what comes out is the sampler's alone."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.config = tiny_config(vocab_size, block_size=100_000)
+        self.embed = torch.nn.Embedding(vocab_size, 1)
+
+    def trunk(self, ids, positions=None, mask=None, cache=None):
+        cache.used += ids.shape[1]
+        return torch.zeros(*ids.shape, self.config.vocab_size)
+
+    def logits(self, hidden):
+        return hidden
+
+
+def test_samples_are_independent_from_the_first_token_on(bpe):
+    V = bpe.vocab_size
+    samples = Sampler(Uniform(V), bpe, 10_000).generate(['A', 'B'], 4000, 2, 1.0)
+    first = torch.tensor([s.ids[0] for s in samples])
+    statistic, freedom = chi_square(first, torch.full((V,), 1 / V))
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+    # of 4000 pairs (same number, other prompt) and (neighbours, same prompt), one in V should agree
+    for same in ((first[:4000] == first[4000:]).sum().item(), (first[:4000:2] == first[1:4000:2]).sum().item() * 2):
+        assert abs(same - 4000 / V) < 5 * (4000 / V) ** 0.5 + 5
+
+
+def test_eos_is_an_action_and_ends_the_row(bpe):
+    class Likes(Uniform):
+        def logits(self, hidden):
+            out = hidden.clone()
+            out[..., bpe.eos] = 3.0  # EOS at random times, about once in V / e^3 tokens
+            return out
+
+    samples = Sampler(Likes(bpe.vocab_size), bpe, 64).generate(['A', 'Question: Tom'], 200, 40, 1.0)
+    assert any(s.finished for s in samples) and not all(s.finished for s in samples)
+    p = (torch.tensor([0.0, 3.0]) - torch.tensor([0.0] * (bpe.vocab_size - 1) + [3.0]).logsumexp(-1)).tolist()
+    for s in samples:
+        assert len(s.ids) == len(s.logprobs)
+        assert bpe.eos not in s.ids[:-1]
+        assert s.finished == (s.ids[-1] == bpe.eos)
+        assert s.finished or len(s.ids) == 40  # every row has the whole budget
+        assert s.logprobs[-1] == pytest.approx(p[1] if s.finished else p[0], abs=1e-5)
+
+
+def test_stop_strings(bpe):
+    order = bpe.encode(' Tom has 14 apples. How many\nQuestion: Ann')
+
+    class Counts(Uniform):
+        """Says `order`, whatever the prompt: the token after the last one it was fed (the prompt's last is no part of it)."""
+        def trunk(self, ids, positions=None, mask=None, cache=None):
+            t = cache.used + ids.shape[1] - 1
+            cache.used += ids.shape[1]
+            return torch.nn.functional.one_hot(torch.tensor(order[t % len(order)]), self.config.vocab_size).float().expand(
+                *ids.shape, -1) * 50
+
+    sampler = Sampler(Counts(bpe.vocab_size), bpe)
+    text = bpe.decode(order)
+    for stop in ('.', '\nQuestion:', 'many\nQ', '14 a'):
+        sample, = sampler.generate([[0]], 1, len(order), 0, stop=stop)
+        said = bpe.decode(sample.ids)
+        assert sample.finished and stop in said and text.startswith(said)
+        assert stop not in bpe.decode(sample.ids[:-1])  # up to the token that completed it and no further
+    sample, = sampler.generate([[0]], 1, len(order), 0, stop=('never said', 'nor this'))
+    assert not sample.finished and sample.ids == order
+
+
+def test_stopped_and_ended_rows_leave_the_others_as_they_were(model, bpe):
+    plain = Sampler(model, bpe, 64).generate(PROMPTS, 8, 30, 1.2)
+    stopped = Sampler(model, bpe, 64).generate(PROMPTS, 8, 30, 1.2, stop=('e', '1'))
+    assert any(len(a.ids) < len(b.ids) for a, b in zip(stopped, plain))
+    for a, b in zip(stopped, plain):
+        assert a.ids == b.ids[:len(a.ids)]
+        assert len(a.ids) == len(b.ids) or a.finished
+
+
+def test_padded_vocabulary_is_never_sampled(model, bpe):
+    assert model.config.vocab_size > bpe.vocab_size
+    samples = Sampler(model, bpe).generate(PROMPTS, 50, 20, 3.0)
+    assert max(i for s in samples for i in s.ids) < bpe.vocab_size
+
+
+def test_bf16_samples_have_the_forward_passes_logprobs(model, bpe):
+    for s in Sampler(model, bpe, dtype=torch.bfloat16).generate(PROMPTS, 4, 20, 1.0):
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+            logits = model(torch.tensor([s.prompt_ids + s.ids]))[0, len(s.prompt_ids) - 1:-1]
+        error = (torch.tensor(s.logprobs) - token_logprobs(logits, torch.tensor(s.ids))).abs()
+        assert error.mean() < 0.1  # weights this large turn bf16's 3 digits into a tenth of a nat
+
+
+@pytest.mark.parametrize('arguments, match', [
+    (dict(k=0), 'k must be at least 1'), (dict(max_new_tokens=0), 'max_new_tokens must be'), (dict(temperature=-1), 'temperature must'),
+    (dict(temperature=float('nan')), 'temperature must'), (dict(top_p=0), 'top_p must'), (dict(top_k=-1), 'top_k must'),
+    (dict(max_new_tokens=95), 'exceed the context of 96 tokens')])
+def test_bad_arguments(model, bpe, arguments, match):
+    with pytest.raises(UserError, match=match):
+        Sampler(model, bpe).generate(['Question: Tom'], **(dict(max_new_tokens=5) | arguments))
+    with pytest.raises(UserError, match='a prompt is empty'):
+        Sampler(model, bpe).generate([''], 1, 5)
+
+
+def test_no_prompts_no_samples(model, bpe):
+    assert Sampler(model, bpe).generate([], 3, 5) == []
+
+
+def test_command_line(bpe, tmp_path):
+    loud(Transformer(tiny_config(bpe.vocab_size))).save_pretrained(str(tmp_path / 'm'), bpe)
+    command = [sys.executable, 'sample.py', f'--init_from={tmp_path}/m', '--start=Tom has', '--max_new_tokens=8', '--k=2', '--device=cpu']
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.count('-' * 20) == 2
+    piped = subprocess.run(command[:3] + command[4:], cwd=ROOT, capture_output=True, text=True, check=True, input='Tom has\nAnn\n').stdout
+    assert piped.count('-' * 20) == 4
