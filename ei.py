@@ -121,8 +121,8 @@ if __name__ == '__main__':
     # 0. everything that can be wrong with the input, before anything is written
     if reset not in ('base', 'previous'):
         raise UserError(f"reset is 'base' or 'previous', not {reset!r}")
-    if k < 1 or n_rounds < 1 or max_per_question < 0:
-        raise UserError('k and n_rounds must be at least 1, max_per_question at least 0')
+    if min(k, n_rounds, eval_problems) < 1 or max_per_question < 0:
+        raise UserError('k, n_rounds and eval_problems must be at least 1, max_per_question at least 0')
     if temperature <= 0:
         raise UserError('temperature must be above 0: greedy samples of a question are all the same')
     if reset == 'base' and not base:

@@ -51,7 +51,7 @@ weight_decay = 0.0
 grad_clip = 1.0           # on the global norm; 0: none
 # evaluation
 eval_interval = 0         # updates between validations; 0: once an epoch
-eval_problems = 256       # problems of the validation slice (at most its 256) for maj@1 and the validation loss
+eval_problems = 256       # problems of the validation slice (at most its 256) for maj@1 and the loss; as many texts of text_file
 max_new_tokens = 256      # budget of a greedy solution
 max_rows = 256            # samples decoded at a time
 # run
@@ -95,8 +95,6 @@ def load_texts(path):
                 texts.append(json.loads(line)['text'] + '')
             except (ValueError, KeyError, TypeError):
                 raise UserError(f'{path}:{number}: not a {{"text": ...}} row') from None
-    if not texts:
-        raise UserError(f'{path}: no rows')
     return texts
 
 
@@ -210,8 +208,13 @@ if __name__ == '__main__':
     val_problems = rewards.load_problems(task, 'val')[:eval_problems]
     if n_worked > len(problems) and not text_file:
         raise UserError(f'n_worked = {n_worked}, but {task} has {len(problems)} rows to train on')
+    if eval_problems < 1:
+        raise UserError('eval_problems must be at least 1')
     problems = problems[:n_worked or None]
     texts = load_texts(text_file) if text_file else [rewards.prompt(p.question) + rewards.completion(p.solution) for p in problems]
+    if len(texts) <= (eval_problems if text_file else 0):
+        raise UserError(f'{text_file or task}: {len(texts)} rows are too few to hold {eval_problems} out')
+    texts, val_texts = (texts[:-eval_problems], texts[-eval_problems:]) if text_file else (texts, [])
     if init_from != 'scratch':
         tok = load_tokenizer(out_dir if resume else init_from)
     else:
@@ -239,7 +242,7 @@ if __name__ == '__main__':
     fits = [e for e in examples if len(e.ids) <= model.config.block_size + 1]
     if len(fits) < len(examples):
         print(f'left out: {len(examples) - len(fits)} of {len(examples)} examples, longer than the context of {model.config.block_size}')
-    val_examples = solution_examples(val_problems, tok)
+    val_examples = text_examples(val_texts, tok) if text_file else solution_examples(val_problems, tok)
     start_run(settings, resume, overwrite)
     log = Log(out_dir, resume)
     n_steps = max_steps or math.ceil(epochs * len(fits) / batch_size)
@@ -252,7 +255,7 @@ if __name__ == '__main__':
         sampler = Sampler(model, tok, max_rows, dtype)
         maj1 = evaluation.greedy_accuracy(sampler, val_problems, max_new_tokens)
         log(step, val_loss=val_loss, val_maj1=maj1)
-        # A language model of plain texts is not judged by its answers. Ties go to the later step.
+        # A language model of plain texts is judged by its loss on the last of them. Ties go to the later step.
         score = -val_loss if text_file else maj1
         if state['best'] is None or score >= state['best']:
             state['best'] = score

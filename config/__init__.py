@@ -7,8 +7,8 @@ applies the command line to them, from left to right, so that what comes later w
 $ python sft.py config/demo_sft.py --lr=3e-4 --overwrite    # a recipe, a value, and a switch (short for =True)
 $ python sft.py --help                                      # every setting with its default and its comment
 
-A recipe is a Python file that assigns settings; names of its own begin with an underscore. The folder of a run holds
-config.json (start_run) and log.jsonl (Log).
+A recipe is a Python file that assigns settings; names of its own begin with an underscore. A run's folder holds its
+settings in config.json (start_run) and its metrics in log.jsonl (Log).
 """
 import ast
 import difflib
@@ -27,7 +27,8 @@ import types
 
 from tqdm import tqdm
 
-TYPES = {int: 'an int', float: 'a float', bool: 'a bool (write True or False)', str: 'a string', tuple: 'a tuple', list: 'a list'}
+TYPES = {int: 'an int', float: 'a finite float', bool: 'a bool (write True or False)', str: 'a string',
+         tuple: 'a tuple (write 1,2 or [1])', list: 'a list (write 1,2 or [1])'}
 
 
 class UserError(ValueError):
@@ -40,109 +41,101 @@ class UserError(ValueError):
 def override(settings, argv=None):
     """Applies argv (sys.argv[1:]) to a script's settings in place, prints them and returns {name: value}.
 
-    settings: the script's globals(). argv: recipes and flags, in order; an empty list prints nothing. UserError, before
-    anything is changed, for what cannot be applied; from here on the script ends such errors with one line and exit code 2."""
+    settings: the script's globals(). argv: recipes and flags, in order; with [] nothing is printed. UserError for what cannot
+    be applied, before anything is changed. From here on the script ends with one line where such an error is not caught."""
     sys.excepthook = one_line
-    quiet, argv = argv == [], sys.argv[1:] if argv is None else argv
-    lines = setting_lines(settings)
-    defaults = {name: settings[name] for name in lines}
+    quiet, argv = argv == [], sys.argv[1:] if argv is None else list(argv)
+    source = b''
+    if '__file__' in settings:
+        with open(settings['__file__'], 'rb') as f:
+            source = f.read()
+    lines = setting_lines(settings, source)
+    values, origins = {name: settings[name] for name in lines}, {}
     if '--help' in argv or '-h' in argv:
-        print_help(settings, defaults, lines)
+        print_help(settings, lines, source)
         raise SystemExit(0)
-    values, origins = dict(defaults), {}
-    for i, arg in enumerate(argv):
-        if arg.endswith('.py') and not arg.startswith('-'):
-            given = run_recipe(arg, defaults)
-        else:
-            given = parse_flag(arg, argv[i - 1] if i else '', argv[i + 1] if i + 1 < len(argv) else '', defaults)
-        for name, (value, origin) in given.items():
-            default = known(name, defaults, origin)
+    for before, arg, after in zip([''] + argv[:-1], argv, argv[1:] + ['']):
+        is_recipe = arg.endswith('.py') and not arg.startswith('-')
+        for name, value, origin in run_recipe(arg, values) if is_recipe else parse_flag(before, arg, after, values):
+            check_known(name, values, origin)
             try:
-                values[name], origins[name] = cast(value, default), origin
+                values[name], origins[name] = cast(value, values[name]), origin
             except ValueError as error:
                 raise UserError(f'{name} must be {error}, not {value!r:.80} ({origin})') from None
     settings.update(values)
     if not quiet:
-        for title, names in (('settings', origins), ('defaults', [n for n in values if n not in origins])):
-            items = [f'{n}={values[n]!r}' + (f' ({origins[n]})' if n in origins and '--' not in origins[n] else '') for n in names]
-            if items:
-                print(textwrap.fill(f'{title}: ' + ', '.join(items), 120, subsequent_indent=' ' * 10, break_long_words=False,
-                                    break_on_hyphens=False))
+        given = [f'*{name}={values[name]!r}' for name in origins]
+        items = ', '.join(given + [f'{name}={value!r}' for name, value in values.items() if name not in origins])
+        print(textwrap.fill(f'settings (* given): {items}', 120, break_long_words=False, break_on_hyphens=False))
     return values
 
 
-def setting_lines(settings):
-    """{name: last line of its assignment} of the settings in globals(): plain values, assigned alone above the main guard,
-    neither _private nor CONSTANT. Without a file, as in a notebook, every such name of the dictionary, on line 0."""
-    lines = dict.fromkeys(settings, 0)
-    if '__file__' in settings:
-        lines = {}
-        with open(settings['__file__'], 'rb') as f:
-            body = ast.parse(f.read()).body
-        for node in body:
-            if isinstance(node, ast.If) and '__name__' in ast.unparse(node.test):
-                break
-            if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-                lines[node.targets[0].id] = node.end_lineno
+def setting_lines(settings, source):
+    """{name: last line of its assignment} for the settings of a script: plain values, assigned alone above the main guard,
+    neither _private nor CONSTANT. Without a source, as in a notebook, every such name there is, on line 0."""
+    lines = {} if source else dict.fromkeys(settings, 0)
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.If) and '__name__' in ast.unparse(node.test):
+            break
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            lines[node.targets[0].id] = node.end_lineno
     return {name: line for name, line in lines.items()
             if type(settings.get(name)) in TYPES and not name.startswith('_') and not name.isupper()}
 
 
-def known(name, defaults, origin):
-    """The default of a setting; UserError with the nearest names if there is no such setting."""
-    if name in defaults:
-        return defaults[name]
-    near = difflib.get_close_matches(name.lower().replace('-', '_'), defaults, 3, 0.5)
-    helper = '' if origin.startswith('-') else "; a recipe's own names begin with _"
-    raise UserError(f'unknown setting {name} ({origin}); ' + (f'nearest: {", ".join(near)}' if near else '--help lists them') + helper)
+def check_known(name, values, origin):
+    """UserError, with the nearest names, if there is no such setting."""
+    if name not in values:
+        near = difflib.get_close_matches(name.lower(), values, 3, 0.5)
+        hint = f'nearest: {", ".join(near)}' if near else '--help lists them'
+        raise UserError(f'unknown setting {name} ({origin}); {hint}')
 
 
-def parse_flag(arg, before, after, defaults):
-    """'--name=value' -> {name: (value, origin)}, the value a literal of Python where the setting is no string."""
+def parse_flag(before, arg, after, values):
+    """'--name=value' -> [(name, value, '--name=value')], the value read as Python's literal where the setting is no string.
+    before and after, the arguments beside it, tell what was meant by '--name value'."""
     if not arg.startswith('--'):
-        if before.startswith('--') and '=' not in before and not arg.startswith('-'):
-            raise UserError(f'{arg!r} stands alone: write {before}={arg}')
-        hint = f': write --{arg.lstrip("-")}' if '=' in arg or arg.startswith('-') else ' (flags are --name=value, recipes end in .py)'
-        raise UserError(f'cannot read {arg!r}{hint}')
+        if before.startswith('--') and '=' not in before:
+            raise UserError(f'{arg!r} stands alone; write {before}={arg}')
+        hint = f'write --{arg.lstrip("-")}' if '=' in arg or arg.startswith('-') else 'flags are --name=value, recipes end in .py'
+        raise UserError(f'cannot read {arg!r}; {hint}')
     name, equals, text = arg[2:].partition('=')
-    default = known(name, defaults, arg)
-    if not equals:
-        if isinstance(default, bool):
-            return {name: (True, arg)}
-        raise UserError(f'{arg} needs a value: write {arg}=' + ('...' if not after or after.startswith('--') else after))
-    if isinstance(default, str):
-        return {name: (text, arg)}
-    if isinstance(default, bool):
-        return {name: ({'true': True, 'True': True, 'false': False, 'False': False}.get(text, text), arg)}
-    try:
-        return {name: (ast.literal_eval(text), arg)}
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return {name: (text, arg)}  # no literal: a string, which cast refuses with the type that it wants
+    check_known(name, values, arg)
+    if not equals and not isinstance(values[name], bool):
+        raise UserError(f'{arg} needs a value; write {arg}=' + ('...' if not after or after.startswith('--') else after))
+    value = text if equals else True
+    if equals and isinstance(values[name], bool):
+        value = {'True': True, 'true': True, 'False': False, 'false': False}.get(text, text)
+    elif not isinstance(values[name], (bool, str)):
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = text  # which cast refuses, saying what it wants instead
+    return [(name, value, arg)]
 
 
-def run_recipe(path, defaults):
-    """Runs a recipe in a namespace of its own -> {name: (value, 'path:line')}; UserError with the line if it fails."""
+def run_recipe(path, values):
+    """Runs a recipe in a namespace of its own -> [(name, value, 'path:line')]; UserError with the line if it fails."""
     space = {'__file__': path, '__name__': '__recipe__'}
     try:
         with open(path, 'rb') as f:
             source = f.read()
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror}') from None
-    try:
         tree = ast.parse(source, path)
         exec(compile(tree, path, 'exec'), space)
     except Exception as error:  # whatever a recipe can do wrong
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else lines[-1] if lines else 1
-        reason = error.msg if isinstance(error, SyntaxError) else error
-        raise UserError(f'{path}:{line}: {type(error).__name__}: {reason}') from None
-    lines = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            lines[node.id] = max(node.lineno, lines.get(node.id, 0))
-    # imports and functions are helpers too, unless they take a setting's name
-    return {name: (value, f'{path}:{lines[name]}' if name in lines else path) for name, value in space.items()
-            if not name.startswith('_') and (name in defaults or not (callable(value) or isinstance(value, types.ModuleType)))}
+        if isinstance(error, SyntaxError) and error.filename == path:
+            lines, error = [error.lineno], f'SyntaxError: {error.msg}'
+        elif isinstance(error, OSError) and not lines:
+            raise UserError(f'{path}: {error.strerror}') from None
+        else:
+            error = f'{type(error).__name__}: {error}'
+        raise UserError(f'{path}:{lines[-1] if lines else 1}: {error}') from None
+    stored = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    lines = {node.id: node.lineno for node in sorted(stored, key=lambda node: node.lineno)}
+    # What a recipe imports or defines is no setting, unless it takes a setting's name.
+    return [(name, value, f'{path}:{lines.get(name, 1)}') for name, value in space.items() if not name.startswith('_')
+            and (name in values or not callable(value) and not isinstance(value, types.ModuleType))]
 
 
 def cast(value, default):
@@ -158,37 +151,30 @@ def cast(value, default):
         try:
             return wanted(cast(element, default[0] if default else element) for element in value)
         except ValueError as error:
-            raise ValueError(f'{TYPES[wanted]} whose every element is {error}') from None
-    if wanted is float and number:
-        raise ValueError('a finite float')
-    if wanted in (tuple, list):
-        raise ValueError(f'{TYPES[wanted]} (write 1,2 or [1])')
+            raise ValueError(f'{TYPES[wanted]}, each element {error}') from None
     raise ValueError(TYPES.get(wanted, 'a plain value'))
 
 
-def print_help(settings, defaults, lines):
+def print_help(settings, lines, source):
     """The script's docstring, then --name=default and the comment beside it, under the comment line of its group."""
+    comments, headers = {}, {}  # line -> text
+    for token in tokenize.tokenize(io.BytesIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            where = headers if token.line.lstrip().startswith('#') else comments
+            where[token.start[0]] = token.string.lstrip('# ')
     print((settings.get('__doc__') or '').strip() + '\n\nsettings and their defaults:')
-    comments, own_line = {}, set()
-    if '__file__' in settings:
-        with open(settings['__file__'], 'rb') as f:
-            for token in tokenize.tokenize(io.BytesIO(f.read()).readline):
-                if token.type == tokenize.COMMENT:
-                    comments[token.start[0]] = token.string.lstrip('# ')
-                    if token.line.lstrip().startswith('#'):
-                        own_line.add(token.start[0])
-    width = min(32, max(len(f'{name}={value!r}') for name, value in defaults.items()) if defaults else 0)
+    shown = {name: f'--{name}={settings[name]!r}' for name in lines}
+    width = min(32, max(map(len, shown.values()), default=0))
     for name, line in lines.items():
-        header = comments.get(line - 1, '') if line - 1 in own_line else ''
-        if header.strip('- '):
-            print(f'{header}:')
-        print(f'  --{f"{name}={defaults[name]!r}":{width}}  {comments.get(line, "")}'.rstrip())
+        if headers.get(line - 1, '').strip('- '):  # not a ruler
+            print(f'{headers[line - 1]}:')
+        print(f'  {shown[name]:{width}}  {comments.get(line, "")}'.rstrip())
 
 
 def one_line(kind, error, trace):
     """sys.excepthook of the scripts: UserError and Ctrl-C end in one line, with exit codes 2 and 130; a bug in a traceback."""
     if issubclass(kind, UserError):
-        tqdm.write('error: ' + ' '.join(str(error).split()), file=sys.stderr)  # write: past a bar that is still drawn
+        tqdm.write('error: ' + ' '.join(str(error).split()), file=sys.stderr)  # write: beside a bar that is still drawn
         raise SystemExit(2)
     if issubclass(kind, KeyboardInterrupt):
         tqdm.write('stopped by Ctrl-C: what was written so far is kept', file=sys.stderr)
@@ -202,56 +188,56 @@ def one_line(kind, error, trace):
 def start_run(settings, resume=False, overwrite=False):
     """Creates settings['out_dir'] and writes config.json there: the settings, and as "_commands" the command lines that ran.
 
-    resume goes on with the run of that folder, and wins over overwrite, which removes it; UserError where the folder holds
-    anything else, a run that neither applies to, or what the new run starts from. A resumed run keeps its first init_from."""
+    resume goes on with the run of that folder (it keeps its first init_from), and wins over overwrite, which removes it.
+    UserError where the folder holds anything else, or a run without either being asked for."""
     out_dir = settings['out_dir']
+    config = json.loads(json.dumps(settings)) | {'_commands': [shlex.join(sys.argv)]}  # as it will be read: tuples are lists
     try:
-        found = sorted(os.listdir(out_dir)) if os.path.exists(out_dir) else []
+        found = os.listdir(out_dir) if os.path.exists(out_dir) else []
         before = read_run(out_dir)
         if resume and not before:
             raise UserError(f'{out_dir}: there is no run to resume')
         if found and not before:
             raise UserError(f'{out_dir} is not empty and holds no run; choose another --out_dir')
         if found and not (resume or overwrite):
-            raise UserError(f'{out_dir} holds another run: --init_from=resume goes on with it, --overwrite replaces it')
-        if found and not resume:
-            remove_run(out_dir, found, settings)
-        os.makedirs(out_dir, exist_ok=True)
-        config = json.loads(json.dumps(settings)) | {'_commands': [shlex.join(sys.argv)]}  # as it will be read: tuples are lists
+            raise UserError(f'{out_dir} holds another run; --init_from=resume goes on with it, --overwrite replaces it')
         if resume:
             harmless = ('init_from', 'out_dir', 'overwrite', 'device', '_commands')
-            changed = [f'{key} {before.get(key)!r} -> {config[key]!r}' for key in config
-                       if key not in harmless and (key not in before or before[key] != config[key])]
+            changed = [f'{key} {before.get(key)!r} -> {value!r}' for key, value in config.items()
+                       if key not in harmless and (key not in before or before[key] != value)]
             if changed:
                 print(f'resumed with other settings than before: {", ".join(changed)}')
-            config['_commands'] = before['_commands'] + config['_commands']
-            if 'init_from' in before:  # 'resume' says nothing about where the run came from
-                config['init_from'] = before['init_from']
-        tmp = os.path.join(out_dir, 'config.json.tmp')
-        with open(tmp, 'w', encoding='utf-8') as f:
+            config |= {'_commands': before['_commands'] + config['_commands']}
+            config |= {'init_from': before['init_from']} if 'init_from' in before else {}  # where it came from; not 'resume'
+        elif found:
+            remove_run(out_dir, found, settings)
+        os.makedirs(out_dir, exist_ok=True)
+        file = os.path.join(out_dir, 'config.json')
+        with open(file + '.tmp', 'w', encoding='utf-8') as f:
             json.dump(config, f, indent=2)
-        os.replace(tmp, os.path.join(out_dir, 'config.json'))
+        os.replace(file + '.tmp', file)
     except OSError as error:
         raise UserError(f'out_dir = {out_dir!r}: {error.strerror}') from None
 
 
 def read_run(out_dir):
-    """The config.json that start_run wrote; {} where there is none, or one of something else (a checkpoint has one too)."""
+    """The config.json that start_run wrote; {} where there is none, or that of something else (a checkpoint has one too)."""
     try:
         with open(os.path.join(out_dir, 'config.json'), encoding='utf-8') as f:
             config = json.load(f)
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return config if isinstance(config, dict) and '_commands' in config else {}
 
 
 def remove_run(out_dir, found, settings):
-    """Empties a run's folder; UserError if anything that is still needed lies in it."""
-    inside = lambda path: os.path.commonpath([os.path.realpath(path), os.path.realpath(out_dir)]) == os.path.realpath(out_dir)
-    needed = [os.getcwd()] + [v for k, v in settings.items() if k != 'out_dir' and isinstance(v, str) and os.path.exists(v)]
+    """Empties a run's folder; UserError if it holds another run, what a setting names, or the current folder."""
+    root = os.path.realpath(out_dir)
+    needed = [os.getcwd()] + [value for key, value in settings.items() if key != 'out_dir' and isinstance(value, str) and value]
     needed += [os.path.join(out_dir, name) for name in found if read_run(os.path.join(out_dir, name))]
-    for path in filter(inside, needed):
-        raise UserError(f'--overwrite would remove {path}, which lies in {out_dir}; choose another --out_dir')
+    for path in needed:
+        if os.path.exists(path) and os.path.commonpath([root, os.path.realpath(path)]) == root:
+            raise UserError(f'--overwrite would remove {path}, which lies in {out_dir}; choose another --out_dir')
     for name in sorted(found, key='config.json'.__eq__):  # config.json last: a removal that was stopped can be repeated
         path = os.path.join(out_dir, name)
         shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.remove(path)
@@ -263,8 +249,8 @@ def remove_run(out_dir, found, settings):
 class Log:
     """log = Log(out_dir); log(step, loss=1.2) appends one JSON object to out_dir/log.jsonl and prints one line.
 
-    "time" is in seconds since the run began, the time between a stop and its resumption left out. resume goes on with the
-    file there is, without a last line that a crash tore; steps that a resumed run repeats stand there twice."""
+    "time" is in seconds since the run began, without the pauses between a stop and a resumption. resume goes on with the file
+    there is, less a last line that a crash tore; updates that are done again after it stand in it again, and the later count."""
 
     def __init__(self, out_dir, resume=False):
         self.path, elapsed = os.path.join(out_dir, 'log.jsonl'), 0.0
@@ -278,22 +264,18 @@ class Log:
         self.start = time.time() - elapsed
 
     def __call__(self, step, **metrics):
-        metrics = {name: plain(value) for name, value in ({'step': step} | metrics).items()}
-        row = {'step': metrics['step'], 'time': round(time.time() - self.start, 3)} | metrics
-        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}  # JSON has no nan
+        """step: an int; metrics: plain values, or scalars of numpy and torch. What is not finite is null in the file."""
+        row = {'step': step, 'time': round(time.time() - self.start, 3)} | metrics
+        row = {name: value.item() if hasattr(value, 'item') else value for name, value in row.items()}
+        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         with open(self.path, 'a', encoding='utf-8') as f:  # closed again: nothing waits in a buffer for a crash
-            f.write(json.dumps(row, allow_nan=False) + '\n')
-        tqdm.write(' | '.join(f'{name} {shown(value)}' for name, value in metrics.items()))
+            f.write(json.dumps(finite, allow_nan=False) + '\n')
+        tqdm.write(' | '.join(f'{name} {shown(row[name])}' for name in ['step', *metrics]))
         sys.stdout.flush()
 
 
-def plain(value):
-    """A scalar of numpy or torch as Python's own; anything else as it is."""
-    return value.item() if hasattr(value, 'item') else value
-
-
 def shown(value):
-    """A metric for the console: floats to 4 significant digits, thousands without an exponent."""
+    """A metric for the console: floats to 4 significant digits, but thousands without an exponent."""
     if not isinstance(value, float):
         return str(value)
     return f'{value:.0f}' if 1000 <= abs(value) < 1e7 else f'{value:.4g}'
@@ -301,4 +283,4 @@ def shown(value):
 
 def bar(iterable=None, desc=None, total=None):
     """A tqdm bar on stderr, gone when it is done; silent where stderr is no terminal."""
-    return tqdm(iterable, desc=desc, total=total, disable=None, leave=False, dynamic_ncols=True)
+    return tqdm(iterable, desc=desc, total=total, disable=None, leave=False)

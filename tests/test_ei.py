@@ -130,7 +130,7 @@ def test_bad_input(policies, script, tmp_path):
                       *flags, code=2)
         assert match in done.stderr and done.stderr.strip().count('\n') == 0, done.stderr
 
-    refused('--k=0', match='k and n_rounds')
+    refused('--k=0', match='k, n_rounds and')
     refused('--temperature=0', match='temperature must be above 0')
     refused('--base=', match='needs the checkpoint')
     refused('--reset=never', match="not 'never'")

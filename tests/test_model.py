@@ -262,7 +262,7 @@ def test_initialisation_keeps_the_first_loss_near_uniform():
     torch.manual_seed(0)
     logits = Transformer(ModelConfig()).init_weights()(torch.randint(0, 512, (4, 64)))
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.randint(0, 512, (256,)))
-    assert abs(loss.item() - torch.log(torch.tensor(512.0)).item()) < 0.1
+    assert abs(loss.item() - torch.log(torch.tensor(512.0)).item()) < 0.3
 
 
 def test_fast_matmul_is_true_fp32():

@@ -241,8 +241,8 @@ def test_the_script_counts(tmp_path):
     run = [sys.executable, os.path.join(ROOT, 'rewards.py')]
     done = subprocess.run(run + [f'--task={tmp_path}'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 'train: 44 problems, 44 of their own answers earn reward 1; 0.98 steps a solution' in done.stdout
-    assert 'annotations: 42 right, 1 wrong, 1 solutions without' in done.stdout.split('\n')[0]
+    assert ('train: 44 problems, 44 of their own answers earn reward 1; 0.98 steps a solution; '
+            'annotations: 42 right, 1 wrong, 1 solutions without') in done.stdout
     assert 'test: 5 problems, 5 of their own answers earn reward 1; 1.00 steps a solution' in done.stdout
     done = subprocess.run(run + [f'--task={tmp_path / "nothing"}'], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith('error: no ') and done.stderr.count('\n') == 1

@@ -61,7 +61,7 @@ LINES = {
     'ask less': ['How many {o} does {P} have left?', 'How many {o} are left?'],
     'product': ['That is {e} {o}.', 'It makes {e} {o}.'],
     'part': ['{P} has {e} {o}.', 'That makes {e} {o}.', 'There are {e} {o} then.'],
-    'more': ['That is {e} more {o}.', 'So {e} {o} are new.'],
+    'more': ['That is {e} more {o}.', 'It makes {e} more {o}.'],
     'less': ['That is {e} fewer {o}.', 'So {e} {o} are gone.'],
     'whole': ['{P} has {e} {o} now.', 'So {P} has {e} {o}.', 'In the end there are {e} {o}.'],
 }
@@ -82,7 +82,7 @@ THINGS = LINES | {
                ['{P} fills {e} {d}.', 'That needs {e} {d}.']),
               ('/', ['{S} shares all the {o} equally among {k} friends.', '{k} friends get all the {o}, as many each.'],
                ['How many {o} does each friend get?'], ['Each friend gets {e} {o}.', 'Each one has {e} {o}.']),
-              ('*', ['{S} sells all the {o} for {k} dollars each.'], ['How many dollars does {P} get?'],
+              ('*', ['At last {P} sells all the {o} for {k} dollars each.'], ['How many dollars does {P} get?'],
                ['{P} gets {e} dollars.', 'The {o} bring {e} dollars.']),
               ('goal', ['{P} wants {n} {o} in all.', '{P} needs {n} {o} for a party.'], ['How many more {o} does {P} need?'],
                {'whole': ['{P} needs {e} more {o}.', 'So {e} {o} are missing.'], 'part': ['{P} still needs {e} {o}.'],
@@ -159,7 +159,8 @@ READING = LINES | {
     'start*': ['{P} reads {b} pages a day for {a} days.', '{P} reads {a} stories of {b} pages each.'],
     '+': ['{S} reads {n} more pages.', '{S} reads {n} pages at night.', 'Then {P} reads another {n} pages.'],
     '+*': ['{S} reads {a} letters of {b} pages each.', 'Then {P} reads {b} pages an hour for {a} hours.'],
-    'tails': [('goal', ['{P} wants to read {n} pages in all.', '{P} has {n} pages to read.'], ['How many pages are left to read?'],
+    'tails': [('goal', ['{P} wants to read {n} pages in all.', '{P} has to read {n} pages in all.'],
+               ['How many pages are left to read?'],
                {'whole': ['So {e} pages are left.', '{P} has {e} pages left.'], 'part': ['That leaves {e} pages.'],
                 'less': ['{P} reads {e} pages.']})],
     'ask': ['How many pages does {P} read in all?', 'How many pages does {P} read?'],
@@ -180,9 +181,9 @@ AMOUNTS = {
     '*2': ['{B.who} {has} twice as many {B.what} as {A.ref}.', '{A.who} {has} half as many {A.what} as {B.ref}.'],
     '/': ['{A.who} {has} {n} times as many {A.what} as {B.ref}.'],
     '/2': ['{B.who} {has} half as many {B.what} as {A.ref}.', '{A.who} {has} twice as many {A.what} as {B.ref}.'],
-    'tails': [('/', ['All of these are packed into {d} of {k}.'], ['How many {d} are there?'],
+    'tails': [('/', ['The {objects} are packed into {d} of {k}.'], ['How many {d} are there?'],
                ['There are {e} {d}.', 'They fill {e} {d}.']),
-              ('*', ['Each one is worth {k} dollars.'], ['How many dollars are they worth in all?'],
+              ('*', ['The {objects} are worth {k} dollars each.'], ['How many dollars are they worth in all?'],
                ['They are worth {e} dollars.', 'That is {e} dollars.'])],
     'ask last': ['How many {B.what} does {B.who} {have}?'],
     'ask total': ['How many {objects} {do} {they} {have} in all?', 'How many {objects} {do} {they} {have} together?'],
@@ -201,9 +202,10 @@ FACTS = {'+': ['{a} plus {b} is {c}.', '{a} and {b} make {c}.'],
          '*': ['{a} times {b} is {c}.', '{a} groups of {b} make {c}.'],
          '/': ['{a} divided by {b} is {c}.', '{a} in groups of {b} make {c} groups.']}
 
-TRIES = 20000             # stories begun, or problems that are repetitions, before giving up
+TRIES = 20000             # stories begun, or problems that are repetitions, before giving up: a second or two
 WORK = {'+': int.__add__, '-': int.__sub__, '*': int.__mul__, '/': int.__floordiv__}
-EVENTS = [('+', '+'), ('+', '+'), ('-', '-'), ('-', '-'), ('+*', '+*'), ('-*', '-*'), ('*', '*'), ('half', '/')]  # operations
+# events of a ledger, as often as they are wanted, with the operations that each needs
+EVENTS = [('+', '+'), ('+', '+'), ('-', '-'), ('-', '-'), ('+*', '+*'), ('-*', '-*'), ('*', '*'), ('half', '/')]
 
 
 class DeadEnd(Exception):
@@ -267,6 +269,7 @@ def solve(rng, root, slots, ops='+-*/'):
 # Stories
 
 class Amount(NamedTuple):
+    """See AMOUNTS."""
     who: str
     what: str
     ref: str = ''
@@ -316,9 +319,7 @@ class Story:
         if isinstance(lines, list):
             lines = {'whole': lines}
         result = Result(terms, lines if last else lines | {'whole': lines['part']}, slots)
-        # with the positive terms within the range, every order of them is
-        high = max(result.value, sum(value(q) for op, q in terms if op == '+'))
-        if result.value < 2 or high > self.max_number or any(op not in self.ops for op, _ in terms[1:]):
+        if not 2 <= result.value <= self.max_number or any(op not in self.ops for op, _ in terms[1:]):
             raise DeadEnd
         return result
 
@@ -331,8 +332,9 @@ class Story:
             self.say(sentences, k=k)
             return self.result([('+', whole), (op, k)], tail_lines), questions
         goal = self.number(value(whole) + 2, self.max_number)
+        told = [n for _, slots in self.sentences for n in slots.values() if isinstance(n, int)]
         self.say(sentences, n=goal)
-        if self.rng.random() < 0.5:
+        if goal > max(told) and self.rng.random() < 0.5:
             self.sentences.insert(0, self.sentences.pop())
         if any(op == '-' for op, _ in terms) or self.rng.random() < 0.5:
             terms = [('+', whole)]
@@ -356,6 +358,7 @@ def ledger(story, n):
     event = 'start'
     while n:
         now = sum(value(q) if op == '+' else -value(q) for op, q in terms)
+        # what is added must not exceed the range even if nothing were taken away: then no order of the terms does
         room = story.max_number - sum(value(q) for op, q in terms if op == '+')
         event, needs = story.choice([(event, needs) for event, needs in EVENTS if event in forms and len(needs) <= n
                                      and all(op in story.ops for op in needs)])
@@ -394,8 +397,9 @@ def compare(story, n):
     shapes = []                   # how many amounts, is the first a product, how many follow from others, the question, a tail
     for many, first, follow, ask, tail in itertools.product((2, 3, 4), (0, 1), range(4), ('last', 'more', 'total'), (0, 1)):
         steps = first + follow + {'last': 0, 'more': 3 if square else 1, 'total': many - 1}[ask] + tail
-        all_needed = ask == 'total' or follow == many - 1 or (many, follow, ask) == (2, 0, 'more')
-        if steps == n and follow < many and (ask == 'total' or not tail) and (many > 3 and ask != 'last' if square else all_needed):
+        chain = follow == many - 1 or (many, follow, ask) == (2, 0, 'more')  # nothing is told in vain
+        fits = many == 4 and ask != 'last' if square else ask == 'total' or chain
+        if fits and steps == n and follow < many and (ask == 'total' or not tail):
             shapes.append((many, first, follow, ask, tail))
     many, first, follow, ask, tail = story.choice(shapes)
     has, have = rng.choice(VERBS)
@@ -446,7 +450,7 @@ def compare(story, n):
     return story.result([('+', high), ('-', low)], forms['difference']), forms['ask more']
 
 
-FAMILIES = [ledger, ledger, compare]
+FAMILIES = [ledger, compare]
 
 
 def tell(story, questions, distractor):
@@ -487,7 +491,7 @@ def make_problem(rng, n_steps, max_number=50, ops='+-*/', distractor=0.2):
 
 def make_fact(rng, max_number, op):
     """An arithmetic fact, as a solution writes it or as a sentence; 1 is a number here."""
-    a = rng.randint(1, max_number - 1 if op in '+-' else max_number)
+    a = rng.randint(1, max_number - 1 if op in '+-' else int(max_number ** 0.5))  # one factor of a product is at most its root
     b = rng.randint(1, max_number - a if op in '+-' else max_number // a)
     if rng.random() < 0.5:
         a, b = b, a
@@ -527,6 +531,7 @@ if __name__ == '__main__':
     override(globals())
     for fine, wanted in ((1 <= min_steps <= max_steps <= 6, '1 <= min_steps <= max_steps <= 6'),
                          (ops and all(op in WORK and ops.count(op) == 1 for op in ops), 'ops of + - * /, each once'),
+                         (max_number >= 4, 'a max_number of 4 or more'),
                          (0 <= distractor <= 1, 'a probability as distractor'),
                          (min(n_train, n_test, n_base) >= 0, 'counts as n_train, n_test and n_base'),
                          (min(base_facts, base_one_step) >= 0 and base_facts + base_one_step <= 1 + 1e-9,

@@ -1,0 +1,16 @@
+# The demo's Expert Iteration: final answers of 6,000 questions, of which the first 1,000 have worked solutions as well.
+# $ python ei.py config/demo_ei.py      (after config/demo_sft.py)
+init_from = 'out/demo_sft'  # draws the first round's samples
+base = 'out/demo_base'      # where each round's fine-tuning starts again
+out_dir = 'out/demo_ei'
+n_worked = 1000
+n_questions = 6000          # all of train but the validation slice
+n_rounds = 2
+k = 4                       # 6,000 * 4 * 2 = 48,000 samples
+max_new_tokens = 110
+max_rows = 256
+max_steps = 700             # a round; with the first SFT's, demo_sft_long takes as many
+batch_size = 16
+micro_tokens = 2048
+lr = 1e-3
+min_lr = 1e-4

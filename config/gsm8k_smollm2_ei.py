@@ -1,0 +1,16 @@
+# Expert Iteration of SmolLM2-135M on GSM8K, with few samples a question.
+# $ python sft.py config/gsm8k_smollm2_sft.py && python ei.py config/gsm8k_smollm2_ei.py
+# $ python eval.py --init_from=out/gsm8k_smollm2_ei --task=gsm8k && python eval.py --compare out/gsm8k_smollm2_sft out/gsm8k_smollm2_ei
+# Hardware: one GPU of 8 GB or more; 7,217 questions * 8 samples * 3 rounds = 173,208 samples.
+# Not run: it needs a GPU and the model hub.
+task = 'gsm8k'
+init_from = 'out/gsm8k_smollm2_sft'
+base = 'HuggingFaceTB/SmolLM2-135M'
+out_dir = 'out/gsm8k_smollm2_ei'
+n_rounds = 3
+k = 8                       # a weak policy is seldom right: more samples help more than more rounds
+max_rows = 512
+epochs = 4.0
+batch_size = 64
+lr = 1e-4
+min_lr = 1e-6
