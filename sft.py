@@ -144,6 +144,19 @@ def learning_rate(step, steps, lr, min_lr, warmup):
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
 
 
+def epoch_order(examples, batch_size, seed, epoch):
+    """The numbers of the examples in the order of an epoch: a permutation by (seed, epoch), in which every window of eight
+    updates is sorted by length and its updates are shuffled, so that an update's examples are of similar length."""
+    rng = random.Random(f'{seed}:{epoch}')
+    shuffled, order = rng.sample(range(len(examples)), len(examples)), []
+    for start in range(0, len(shuffled), 8 * batch_size):
+        window = sorted(shuffled[start:start + 8 * batch_size], key=lambda i: len(examples[i].ids))
+        updates = [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
+        rng.shuffle(updates)
+        order += [i for update in updates for i in update]
+    return order
+
+
 def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_tokens=16384, lr=2e-5, min_lr=2e-7, warmup=0.03,
              weight_decay=0.0, grad_clip=1.0, seed=0, dtype=torch.float32, compile=False, eval_interval=0, evaluate=None, log=None,
              optimizer=None, start_step=0, desc='sft'):
@@ -151,8 +164,7 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
 
     evaluate(step, optimizer), if given, is called every eval_interval updates (0: an epoch) and after the last one.
     log(step, **metrics), if given, gets the loss (nats a learned token), lr, gradient norm, tokens and padding share.
-    Each epoch is a fresh permutation of the examples, a function of (seed, epoch) alone, and an update may straddle two
-    epochs; so optimizer and start_step are all it takes to go on from a checkpoint. UserError if the loss is not finite."""
+    Each epoch is a fresh permutation of the examples (epoch_order), and an update may straddle two epochs; so optimizer and start_step are all it takes to go on from a checkpoint. UserError if the loss is not finite."""
     if not examples:
         raise UserError('there is nothing to fine-tune on')
     if batch_size < 1 or micro_tokens < 1:
@@ -169,7 +181,7 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
         for i in range(step * batch_size, (step + 1) * batch_size):
             if i // len(examples) != epoch:
                 epoch = i // len(examples)
-                order = random.Random(f'{seed}:{epoch}').sample(range(len(examples)), len(examples))
+                order = epoch_order(examples, batch_size, seed, epoch)
             batch.append(examples[order[i % len(examples)]])
         # 2. gradients, divided by the whole update's tokens before it is split: the split cannot matter
         started, total, n_tokens, n_padded = time.time(), 0.0, n_learned(batch), 0

@@ -59,7 +59,7 @@ def override(settings, argv=None):
         for name, value, origin in run_recipe(arg, values) if is_recipe else parse_flag(before, arg, after, values):
             check_known(name, values, origin)
             try:
-                values[name], origins[name] = cast(value, values[name]), origin
+                values[name], origins[name] = cast(value, settings[name]), origin
             except ValueError as error:
                 raise UserError(f'{name} must be {error}, not {value!r:.80} ({origin})') from None
     settings.update(values)
@@ -238,7 +238,7 @@ def remove_run(out_dir, found, settings):
     for path in needed:
         if os.path.exists(path) and os.path.commonpath([root, os.path.realpath(path)]) == root:
             raise UserError(f'--overwrite would remove {path}, which lies in {out_dir}; choose another --out_dir')
-    for name in sorted(found, key='config.json'.__eq__):  # config.json last: a removal that was stopped can be repeated
+    for name in sorted(found, key=lambda name: name == 'config.json'):  # it goes last: a removal that stopped can be repeated
         path = os.path.join(out_dir, name)
         shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.remove(path)
 

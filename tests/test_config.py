@@ -186,7 +186,8 @@ def test_refused_values_name_setting_value_place_and_type(settings, recipe, name
     (['--TEMP=1'], ['TEMP', 'nearest: temperature']),
     (['--xyzzy=1'], ['xyzzy', '--help']),
     (['--CONSTANT_TOO=1'], ['unknown setting CONSTANT_TOO']), (['--_hidden=1'], ['unknown setting _hidden']),
-    (['--late=1'], ['unknown setting late']), (['--below=1'], ['unknown setting below']), (['--inner=1'], ['unknown setting inner']),
+    (['--late=1'], ['unknown setting late']), (['--below=1'], ['unknown setting below']),
+    (['--inner=1'], ['unknown setting inner']),
     (['--empty=1'], ['unknown setting empty']), (['--sep=x'], ['unknown setting sep']),
     (['--first=1'], ['unknown setting first']), (['--__file__=x'], ['unknown setting __file__']),
     (['--k', '3'], ['--k needs a value; write --k=3']), (['--k'], ['write --k=...']), (['--k', '--greedy'], ['write --k=...']),
@@ -194,6 +195,7 @@ def test_refused_values_name_setting_value_place_and_type(settings, recipe, name
     (['-k=3'], ['write --k=3']), (['-k', '3'], ['write --k']), (['k=3'], ['write --k=3']),
     (['demo'], ["'demo'", '--name=value', '.py']),
     (['--'], ['unknown setting']), (['--k=1', '--k=x'], ['--k=x']),
+    (['--seeds=()', '--seeds=1.5,2'], ['each element an int', '--seeds=1.5,2']),  # the type is the script's, not the last value's
 ])
 def test_refused_arguments(settings, argv, expected):
     before = dict(settings)
@@ -394,6 +396,18 @@ def test_overwrite_keeps_what_is_needed(out, monkeypatch, tmp_path):
     with pytest.raises(UserError, match='inner'):
         start_run(values(out), overwrite=True)
     assert sorted(os.listdir(out)) == ['best', 'config.json', 'inner', 'link']
+
+
+def test_a_removal_that_stops_can_be_repeated(out, monkeypatch):
+    start_run(values(out))
+    (out / 'best').mkdir()
+    with monkeypatch.context() as m:
+        m.setattr(config.shutil, 'rmtree', lambda path: (_ for _ in ()).throw(PermissionError(13, 'Permission denied')))
+        with pytest.raises(UserError, match='Permission denied'):
+            start_run(values(out), overwrite=True)
+    assert stored(out)
+    start_run(values(out), overwrite=True)
+    assert os.listdir(out) == ['config.json']
 
 
 def test_resume(out, capsys, monkeypatch):

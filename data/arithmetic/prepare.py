@@ -30,13 +30,16 @@ seed = 0                  # another seed, other problems
 n_train = 6256            # problems: 1,000 worked + 5,000 of which only the answer is used + 256 for validation
 n_test = 1000             # problems; they do not depend on n_train, nor does train depend on n_base
 min_steps = 2             # operations of a solution, 1 to 6
-max_steps = 4
-max_number = 50           # the largest number of a question or a solution; the smallest is 2
+max_steps = 4             # shorter problems are the more frequent: see draw_steps
+max_number = 20           # the largest number of a question or a solution; the smallest is 2
 ops = '+-*/'              # operations that a solution may use
-distractor = 0.2          # probability of a sentence with a number that is not needed
+distractor = 0.1          # probability of a sentence with a number that is not needed
+comparisons = 0.6         # share of problems that compare amounts; the others change one amount step by step
+reorder = 0.25            # probability that a solution's next step is any possible one instead of the story's next
 n_base = 30000            # rows of base.jsonl
-base_facts = 0.4          # share of them that are arithmetic facts, three a row
-base_one_step = 0.4       # share that are one-step problems with solution; the rest are questions of several steps
+base_facts = 0.15         # share of them that are arithmetic facts, three a row
+base_one_step = 0.6       # share that are one-step problems with solution
+base_tales = 0.15         # share that are stories told with their running totals; the rest are questions of several steps
 out = ''                  # where the files go; '': beside this script
 # -----------------------------------------------------------------------------
 # The words. Slots: {P} the person of the story, {S} the same, or "He" where that is clear, {Q} and {R} other people; {o} what
@@ -237,8 +240,9 @@ def annotated(op, a, b):
     return f'{a}{op}{b}=<<{a}{op}{b}={c}>>{c}'
 
 
-def solve(rng, root, slots, ops='+-*/'):
-    """-> the lines of a solution. Each is one operation, a random one of those whose operands are known by then."""
+def solve(rng, root, slots, ops='+-*/', reorder=1.0):
+    """-> the lines of a solution, one operation each: with probability reorder a random one of those whose operands are known
+    by then, else the next one in the order of the story."""
     results, lines = [root], []
     for result in results:        # grows as it is read
         results += [q for _, q in result.terms if isinstance(q, Result) and q not in results]
@@ -250,7 +254,10 @@ def solve(rng, root, slots, ops='+-*/'):
             # the second form of a move adds two of a kind, the third takes the negative one from the other
             moves += [(result, i, j) for i, p, a in known for j, q, b in known if i < j and
                       (q in '*/' or (p == q and '+' in ops) or (p != q and (a - b if p == '+' else b - a) >= 2))]
-        result, i, j = rng.choice(moves)
+        next_one = results[0], 0, 1
+        while (unknown := next((q for _, q in terms[id(next_one[0])][:2] if q in results), None)) is not None:
+            next_one = unknown, 0, 1
+        result, i, j = rng.choice(moves) if rng.random() < reorder or next_one not in moves else next_one
         left = terms[id(result)]
         (p, a), (q, b) = left[i], left.pop(j)
         if p == '-' and q == '+':
@@ -341,12 +348,12 @@ class Story:
         return self.result([('+', goal)] + [('-', q) for _, q in terms], tail_lines), questions
 
 
-def ledger(story, n):
+def ledger(story, n, with_tail=True):
     """An amount that n operations change. -> (root, questions)"""
     rng, forms = story.rng, story.rng.choice(LEDGERS)
     story.slots['o'] = rng.choice([o for o in forms['o'] if o not in story.things])
     tails = [tail for tail in forms['tails'] if tail[0].replace('goal', '-') in story.ops]
-    tail = rng.choice(tails) if tails and rng.random() < 0.5 else None
+    tail = rng.choice(tails) if tails and rng.random() < 0.5 and with_tail else None
     n -= tail is not None
     if n and '*' in story.ops and rng.random() < 0.3:
         a, b = story.product(story.max_number)
@@ -450,9 +457,6 @@ def compare(story, n):
     return story.result([('+', high), ('-', low)], forms['difference']), forms['ask more']
 
 
-FAMILIES = [ledger, compare]
-
-
 def tell(story, questions, distractor):
     """-> the question's text."""
     rng = story.rng
@@ -468,26 +472,43 @@ def tell(story, questions, distractor):
     return ' '.join(texts)
 
 
-def make_story(rng, n_steps, max_number=50, ops='+-*/', distractor=0.2):
+def make_story(rng, n_steps, max_number=20, ops='+-*/', distractor=0.1, comparisons=0.6):
     """-> (question, root, slots), the last two for solve(); UserError where these settings let no story be told."""
     for _ in range(TRIES):
         story = Story(rng, max_number, ops)
         try:
-            root, questions = rng.choice(FAMILIES)(story, n_steps)
+            root, questions = (compare if rng.random() < comparisons else ledger)(story, n_steps)
         except DeadEnd:
             continue
         return tell(story, questions, distractor), root, story.slots
     raise UserError(f'no problem of {n_steps} steps can be made with ops={ops} and max_number={max_number}')
 
 
-def make_problem(rng, n_steps, max_number=50, ops='+-*/', distractor=0.2):
+def make_problem(rng, n_steps, max_number=20, ops='+-*/', distractor=0.1, comparisons=0.6, reorder=0.25):
     """-> (question, answer) in GSM8K's form, with n_steps lines before the last one; UserError as make_story."""
-    question, root, slots = make_story(rng, n_steps, max_number, ops, distractor)
-    return question, '\n'.join(solve(rng, root, slots, ops) + [f'#### {root.value}'])
+    question, root, slots = make_story(rng, n_steps, max_number, ops, distractor, comparisons)
+    return question, '\n'.join(solve(rng, root, slots, ops, reorder) + [f'#### {root.value}'])
 
 
 # -----------------------------------------------------------------------------
 # Files
+
+def make_tale(rng, n_steps, max_number=20, ops='+-*/'):
+    """-> a story without a question, told with its running totals: each sentence is followed by the steps that it adds."""
+    while True:
+        story = Story(rng, max_number, ops)
+        try:
+            root, _ = ledger(story, n_steps, with_tail=False)
+        except DeadEnd:
+            continue
+        lines, texts = solve(rng, root, story.slots, ops, reorder=0), []
+        for form, slots in story.sentences:
+            texts.append(form.format_map(story.slots | slots | {'S': story.slots['P']}))
+            # a product is a step, and so is each change after the start
+            for _ in range(('a' in slots) + (len(texts) > 1)):
+                texts.append(lines.pop(0))
+        return ' '.join(texts)
+
 
 def make_fact(rng, max_number, op):
     """An arithmetic fact, as a solution writes it or as a sentence; 1 is a number here."""
@@ -499,11 +520,16 @@ def make_fact(rng, max_number, op):
     return annotated(op, a, b) if rng.random() < 0.6 else rng.choice(FACTS[op]).format(a=a, b=b, c=WORK[op](a, b))
 
 
+def draw_steps(rng, steps):
+    """-> the smaller of two numbers in steps = (from, to): of 2, 3 and 4 that is 2 in 5 of 9 cases and 4 in 1 of 9."""
+    return min(rng.randint(*steps), rng.randint(*steps))
+
+
 def make_problems(rng, count, steps, seen, knobs):
     """-> count rows of steps = (from, to) operations; no question is among those seen, and then all are."""
     rows, misses = [], 0
     while len(rows) < count:
-        question, answer = make_problem(rng, rng.randint(*steps), *knobs)
+        question, answer = make_problem(rng, draw_steps(rng, steps), *knobs)
         if question not in seen:
             seen.add(question)
             rows.append({'question': question, 'answer': answer})
@@ -515,14 +541,15 @@ def make_problems(rng, count, steps, seen, knobs):
     return rows
 
 
-def make_base(rng, count, facts, one_step, steps, seen, knobs):
-    """-> count rows {"text"}, shuffled; facts and one_step are shares of them; no question is among those seen."""
-    n_facts, n_one = round(count * facts), round(count * one_step)
+def make_base(rng, count, facts, one_step, tales, steps, seen, knobs):
+    """-> count rows {"text"}, shuffled; facts, one_step and tales are shares of them; no question is among those seen."""
+    n_facts, n_one, n_tales = round(count * facts), round(count * one_step), round(count * tales)
     kinds = [op for op in knobs[1] for _ in range(3 if op in '+-' else 1)]  # there are more sums than products
     texts = [' '.join(make_fact(rng, knobs[0], rng.choice(kinds)) for _ in range(3)) for _ in range(n_facts)]
     texts += [rewards.prompt(row['question']) + rewards.completion(row['answer'])
               for row in make_problems(rng, n_one, (1, 1), seen, knobs)]
-    texts += [row['question'] for row in make_problems(rng, max(0, count - n_facts - n_one), steps, seen, knobs)]
+    texts += [make_tale(rng, draw_steps(rng, steps), *knobs[:2]) for _ in range(n_tales)]
+    texts += [row['question'] for row in make_problems(rng, max(0, count - len(texts)), steps, seen, knobs)]
     rng.shuffle(texts)
     return [{'text': text} for text in texts]
 
@@ -532,16 +559,17 @@ if __name__ == '__main__':
     for fine, wanted in ((1 <= min_steps <= max_steps <= 6, '1 <= min_steps <= max_steps <= 6'),
                          (ops and all(op in WORK and ops.count(op) == 1 for op in ops), 'ops of + - * /, each once'),
                          (max_number >= 4, 'a max_number of 4 or more'),
-                         (0 <= distractor <= 1, 'a probability as distractor'),
+                         (all(0 <= p <= 1 for p in (distractor, comparisons, reorder)),
+                          'probabilities as distractor, comparisons and reorder'),
                          (min(n_train, n_test, n_base) >= 0, 'counts as n_train, n_test and n_base'),
-                         (min(base_facts, base_one_step) >= 0 and base_facts + base_one_step <= 1 + 1e-9,
-                          'base_facts and base_one_step that are shares of 1')):
+                         (min(base_facts, base_one_step, base_tales) >= 0 and base_facts + base_one_step + base_tales <= 1 + 1e-9,
+                          'base_facts, base_one_step and base_tales that are shares of 1')):
         if not fine:
             raise UserError(f'these settings make no data: {wanted} needed')
-    steps, knobs, seen = (min_steps, max_steps), (max_number, ops, distractor), set()
+    steps, knobs, seen = (min_steps, max_steps), (max_number, ops, distractor, comparisons, reorder), set()
     files = {'test': make_problems(random.Random(f'{seed} test'), n_test, steps, seen, knobs),
              'train': make_problems(random.Random(f'{seed} train'), n_train, steps, seen, knobs),
-             'base': make_base(random.Random(f'{seed} base'), n_base, base_facts, base_one_step, steps, seen, knobs)}
+             'base': make_base(random.Random(f'{seed} base'), n_base, base_facts, base_one_step, base_tales, steps, seen, knobs)}
     folder = out or HERE
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as tmp:  # all three files, whole, or none

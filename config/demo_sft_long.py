@@ -1,0 +1,14 @@
+# The demo's control: SFT on the same 1,000 solutions for as many updates as SFT and both rounds of Expert Iteration together.
+# If EI gained by training longer alone, this run would gain as much.
+# $ python sft.py config/demo_sft_long.py      (after config/demo_base.py)
+init_from = 'out/demo_base'
+out_dir = 'out/demo_sft_long'
+n_worked = 1000
+max_steps = 1975            # 375 + 2 * 800
+batch_size = 16
+micro_tokens = 2048
+lr = 1e-3
+min_lr = 1e-4
+weight_decay = 0.1
+eval_interval = 200         # the best of ten checkpoints by validation maj@1, more than EI gets to choose from
+max_new_tokens = 110
