@@ -79,7 +79,7 @@ def explore(sampler, problems, path, k, max_new_tokens, temperature, seed, desc)
         progress.update(len(rows))
         for i in range(len(rows), len(problems), chunk):
             todo = problems[i:i + chunk]
-            samples = sampler.generate([rewards.prompt(p.question) for p in todo], k, max_new_tokens, temperature, seed=seed)
+            samples = evaluation.answer(sampler, [rewards.prompt(p.question) for p in todo], k, max_new_tokens, temperature, seed=seed)
             for j, p in enumerate(todo):
                 records = [evaluation.judge(s, p, sampler.tokenizer) | {'ids': s.ids} for s in samples[j * k:(j + 1) * k]]
                 rows.append({'question': p.question, 'samples': records})

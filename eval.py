@@ -24,7 +24,7 @@ import numpy as np
 import rewards
 from config import UserError, bar, override
 from model import Transformer, find_checkpoint, setup
-from sample import Sampler, load_tokenizer
+from sample import Sample, Sampler, load_tokenizer
 
 # -----------------------------------------------------------------------------
 # settings
@@ -90,9 +90,19 @@ def judge(sample, problem, tokenizer, stop=()):
             'correct': sample.finished and rewards.is_correct(text, problem.answer)}
 
 
+def answer(sampler, prompts, k, max_new_tokens, temperature, **arguments):
+    """Sampler.generate, but a prompt without room for its budget in the model's context gets empty samples, which count as
+    wrong, instead of ending the run; UserError if that is every prompt."""
+    prompts = [sampler.tokenizer.encode_prompt(p) for p in prompts]
+    room = sampler.model.config.block_size - max_new_tokens
+    fitting = [p for p in prompts if len(p) <= room] or prompts[:1]  # none: let the sampler say why
+    drawn = iter(sampler.generate(fitting, k, max_new_tokens, temperature, **arguments))
+    return [next(drawn) if len(p) <= room else Sample(p, [], [], False) for p in prompts for _ in range(k)]
+
+
 def greedy_accuracy(sampler, problems, max_new_tokens):
     """maj@1: the share of problems whose greedy solution is right."""
-    samples = sampler.generate([rewards.prompt(p.question) for p in problems], 1, max_new_tokens, temperature=0)
+    samples = answer(sampler, [rewards.prompt(p.question) for p in problems], 1, max_new_tokens, 0)
     return sum(judge(s, p, sampler.tokenizer)['correct'] for s, p in zip(samples, problems)) / len(problems)
 
 
@@ -217,6 +227,7 @@ if __name__ == '__main__':
             raise UserError(f'{records_file} holds an evaluation with other settings ({", ".join(changed)}); --overwrite replaces it')
         records = []
     sampler = Sampler(Transformer.from_pretrained(folder, device), load_tokenizer(folder), max_rows, dtype)
+    build = (lambda p: rewards.few_shot_prompt(p.question, examples)) if few_shot else (lambda p: rewards.prompt(p.question))
     os.makedirs(out_dir, exist_ok=True)
     with open(records_file, 'w', encoding='utf-8') as f:
         for row in [identity] + records:
@@ -226,9 +237,9 @@ if __name__ == '__main__':
         progress.update(len(records))
         for i in range(len(records), len(problems), chunk):
             todo = problems[i:i + chunk]
-            prompts = [rewards.few_shot_prompt(p.question, examples) if few_shot else rewards.prompt(p.question) for p in todo]
-            greedy = sampler.generate(prompts, 1, max_new_tokens, 0, stop=stop)
-            drawn = sampler.generate(prompts, k, max_new_tokens, temperature, top_k, top_p, stop, seed) if k else []
+            prompts = [build(p) for p in todo]
+            greedy = answer(sampler, prompts, 1, max_new_tokens, 0, stop=stop)
+            drawn = answer(sampler, prompts, k, max_new_tokens, temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed) if k else []
             for j, p in enumerate(todo):
                 record = {'index': i + j, 'question': p.question, 'answer': p.answer, 'greedy': judge(greedy[j], p, sampler.tokenizer, stop),
                           'samples': [judge(s, p, sampler.tokenizer, stop) for s in drawn[j * k:(j + 1) * k]]}

@@ -9,8 +9,9 @@ n_rounds = 2
 k = 4                       # 6,000 * 4 * 2 = 48,000 samples
 max_new_tokens = 110
 max_rows = 256
-max_steps = 700             # a round; with the first SFT's, demo_sft_long takes as many
+max_steps = 750             # a round: with the 500 of demo_sft, 2,000 in all, as many as demo_sft_long takes
 batch_size = 16
 micro_tokens = 2048
 lr = 1e-3
 min_lr = 1e-4
+weight_decay = 0.1

@@ -3,11 +3,11 @@
 init_from = 'out/demo_base'
 out_dir = 'out/demo_sft'
 n_worked = 1000
-epochs = 10.0               # 1,000 * 10 / 32 = 313 updates
-batch_size = 32
+max_steps = 500             # 500 * 16 / 1,000 = 8 epochs
+batch_size = 16
 micro_tokens = 2048
-lr = 2e-3
+lr = 1e-3
 min_lr = 1e-4
-eval_interval = 100
+weight_decay = 0.1
+eval_interval = 125
 max_new_tokens = 110
-max_rows = 256

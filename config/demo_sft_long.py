@@ -4,7 +4,7 @@
 init_from = 'out/demo_base'
 out_dir = 'out/demo_sft_long'
 n_worked = 1000
-max_steps = 1975            # 375 + 2 * 800
+max_steps = 2000            # 500 + 2 * 750
 batch_size = 16
 micro_tokens = 2048
 lr = 1e-3

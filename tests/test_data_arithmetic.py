@@ -91,7 +91,7 @@ def test_no_question_twice(files):
     questions = [row['question'] for name in ('train', 'test') for row in rows[name]]
     assert len(questions) == 1800 and len(set(questions)) == 1800
     asked = [row['text'].removeprefix('Question: ').split('\nAnswer:')[0] for row in rows['base'] if '?' in row['text']]
-    assert len(asked) == 1100 == len(set(asked))
+    assert len(asked) == 1400 == len(set(asked))
     assert not set(asked) & set(questions)
 
 
@@ -131,7 +131,7 @@ def test_base_is_facts_one_step_problems_tales_and_bare_questions(files):
     asked = [text for text in texts if text.endswith('?')]
     tales = [text for text in texts if '?' not in text and text.count('. ') >= 2 and re.search('[A-Z]', text)]
     facts = [text for text in texts if '?' not in text and text not in tales]
-    assert (len(facts), len(solved), len(asked), len(tales)) == (300, 800, 300, 600)
+    assert (len(facts), len(solved), len(asked), len(tales)) == (300, 1200, 200, 300)
     for text in solved:
         question, solution = text.removeprefix('Question: ').split('\nAnswer: ')
         assert text == rewards.prompt(question) + rewards.completion(solution)

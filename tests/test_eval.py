@@ -10,7 +10,7 @@ from config import UserError
 from eval import judge, maj_at_k, markdown_table, pass_at_k, read_records, rerank_at_k, summarize, unique_equations
 from model import Transformer
 from rewards import Problem
-from sample import Sample
+from sample import Sample, Sampler
 
 
 def test_pass_at_k_by_exact_enumeration():
@@ -93,6 +93,16 @@ def test_greedy_alone_and_lengths():
 def test_unique_equations():
     texts = ['<<1+2=3>>3', 'so <<1+2=3>> 3', '<<2+1=3>>3', '<<1+2=3>> then <<3*2=6>>']
     assert unique_equations([{'text': t} for t in texts]) == 3
+
+
+def test_a_prompt_without_room_is_a_wrong_answer_not_the_end(bpe):
+    sampler = Sampler(loud(Transformer(tiny_config(bpe.vocab_size))), bpe)
+    samples = evaluation.answer(sampler, ['A', 'Question: Tom ' * 50, 'Question: Tom'], 2, 10, 1.0)
+    assert [bool(s.ids) for s in samples] == [True, True, False, False, True, True]
+    assert [s.ids for s in samples if s.ids] == [s.ids for s in sampler.generate(['A', 'Question: Tom'], 2, 10, 1.0)]
+    assert not judge(samples[2], Problem('q', '#### 18', '18'), bpe)['correct']
+    with pytest.raises(UserError, match='exceed the context'):
+        evaluation.answer(sampler, ['Question: Tom ' * 50], 1, 10, 0)
 
 
 class Decodes:
