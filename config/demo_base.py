@@ -14,3 +14,4 @@ lr = 3e-3
 min_lr = 1e-4
 eval_interval = 2000
 max_new_tokens = 110        # the longest solution has about 100 tokens
+max_rows = 1024             # a small model decodes many rows at a time

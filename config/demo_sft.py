@@ -11,3 +11,4 @@ min_lr = 1e-4
 weight_decay = 0.1
 eval_interval = 125
 max_new_tokens = 110
+max_rows = 1024             # a small model decodes many rows at a time

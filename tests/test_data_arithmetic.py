@@ -91,7 +91,7 @@ def test_no_question_twice(files):
     questions = [row['question'] for name in ('train', 'test') for row in rows[name]]
     assert len(questions) == 1800 and len(set(questions)) == 1800
     asked = [row['text'].removeprefix('Question: ').split('\nAnswer:')[0] for row in rows['base'] if '?' in row['text']]
-    assert len(asked) == 1200 == len(set(asked))
+    assert len(asked) == 1100 == len(set(asked))
     assert not set(asked) & set(questions)
 
 
@@ -131,7 +131,7 @@ def test_base_is_facts_one_step_problems_tales_and_bare_questions(files):
     asked = [text for text in texts if text.endswith('?')]
     tales = [text for text in texts if '?' not in text and text.count('. ') >= 2 and re.search('[A-Z]', text)]
     facts = [text for text in texts if '?' not in text and text not in tales]
-    assert (len(facts), len(solved), len(asked), len(tales)) == (500, 1000, 200, 300)
+    assert (len(facts), len(solved), len(asked), len(tales)) == (400, 1000, 100, 500)
     for text in solved:
         question, solution = text.removeprefix('Question: ').split('\nAnswer: ')
         assert text == rewards.prompt(question) + rewards.completion(solution)
@@ -154,8 +154,8 @@ def test_base_is_facts_one_step_problems_tales_and_bare_questions(files):
                 work(f'{a}{op[0]}{b}=<<{a}{op[0]}{b}={c}>>{c}\n#### {c}')
                 seen[op + ' in words'] += 1
             left = re.sub(form, '', left)
-        assert left.strip() == '' and all(1 <= n <= 40 for n in numbers(text)), text
-    assert sum(seen.values()) == 1500 and len(seen) == 9 and min(seen.values()) > 15
+        assert left.strip() == '' and all(1 <= n <= 30 for n in numbers(text)), text
+    assert sum(seen.values()) == 1200 and len(seen) == 9 and min(seen.values()) > 15
 
 
 def test_tales_keep_the_books(made):
@@ -305,4 +305,4 @@ def test_nobody_gives_what_he_has_not(made):
                 amount = 0
                 for op, term in q.terms:
                     amount += made.value(term) if op == '+' else -made.value(term)
-                    assert 2 <= amount <= 40
+                    assert 2 <= amount <= 30

@@ -31,15 +31,15 @@ n_train = 6256            # problems: 1,000 worked + 5,000 of which only the ans
 n_test = 1000             # problems; they do not depend on n_train, nor does train depend on n_base
 min_steps = 2             # operations of a solution, 1 to 6
 max_steps = 4             # shorter problems are the more frequent: see draw_steps
-max_number = 40           # the largest number of a question or a solution; the smallest is 2
+max_number = 30           # the largest number of a question or a solution; the smallest is 2
 ops = '+-*/'              # operations that a solution may use
 distractor = 0.1          # probability of a sentence with a number that is not needed
 comparisons = 0.2         # share of problems that compare amounts; the others change one amount step by step
 reorder = 0.25            # probability that a solution's next step is any possible one instead of the story's next
 n_base = 30000            # rows of base.jsonl
-base_facts = 0.25         # share of them that are arithmetic facts, three a row
+base_facts = 0.2          # share of them that are arithmetic facts, three a row
 base_one_step = 0.5       # share that are one-step problems with solution
-base_tales = 0.15         # share that are stories told with their running totals; the rest are questions of several steps
+base_tales = 0.25         # share that are stories told with their running totals; the rest are questions of several steps
 out = ''                  # where the files go; '': beside this script
 # -----------------------------------------------------------------------------
 # The words. Slots: {P} the person of the story, {S} the same, or "He" where that is clear, {Q} and {R} other people; {o} what
@@ -436,7 +436,7 @@ def tell(story, questions, distractor):
     return ' '.join(texts)
 
 
-def make_story(rng, n_steps, max_number=40, ops='+-*/', distractor=0.1, comparisons=0.2):
+def make_story(rng, n_steps, max_number=30, ops='+-*/', distractor=0.1, comparisons=0.2):
     """-> (question, root, slots), the last two for solve(); UserError where these settings let no story be told."""
     for _ in range(TRIES):
         story = Story(rng, max_number, ops)
@@ -448,7 +448,7 @@ def make_story(rng, n_steps, max_number=40, ops='+-*/', distractor=0.1, comparis
     raise UserError(f'no problem of {n_steps} steps can be made with ops={ops} and max_number={max_number}')
 
 
-def make_problem(rng, n_steps, max_number=40, ops='+-*/', distractor=0.1, comparisons=0.2, reorder=0.25):
+def make_problem(rng, n_steps, max_number=30, ops='+-*/', distractor=0.1, comparisons=0.2, reorder=0.25):
     """-> (question, answer) in GSM8K's form, with n_steps lines before the last one; UserError as make_story."""
     question, root, slots = make_story(rng, n_steps, max_number, ops, distractor, comparisons)
     return question, '\n'.join(solve(rng, root, slots, ops, reorder) + [f'#### {root.value}'])
@@ -457,7 +457,7 @@ def make_problem(rng, n_steps, max_number=40, ops='+-*/', distractor=0.1, compar
 # -----------------------------------------------------------------------------
 # Files
 
-def make_tale(rng, n_steps, max_number=40, ops='+-*/'):
+def make_tale(rng, n_steps, max_number=30, ops='+-*/'):
     """-> a story without a question, told with its running totals: each sentence is followed by the steps that it adds."""
     while True:
         story = Story(rng, max_number, ops)
