@@ -17,7 +17,7 @@ import os
 import eval as evaluation
 import rewards
 from config import Log, UserError, bar, override, read_run, start_run
-from model import Transformer, setup
+from model import Transformer, config_from_hf, find_checkpoint, read_json, setup
 from sample import Sampler, load_tokenizer
 from sft import Example, finetune, n_learned, solution_examples
 
@@ -128,8 +128,8 @@ if __name__ == '__main__':
     if reset == 'base' and not base:
         raise UserError("reset = 'base' needs the checkpoint to start from: --base=out/demo_base, or --reset=previous")
     problems = rewards.load_problems(task, 'train')
-    if max(n_questions, n_worked) > len(problems):
-        raise UserError(f'n_questions and n_worked are at most {len(problems)}, the rows of {task} to train on')
+    if not all(0 <= n <= len(problems) for n in (n_questions, n_worked)):
+        raise UserError(f'n_questions and n_worked are from 0 (all) to {len(problems)}, the rows of {task} to train on')
     val_problems = rewards.load_problems(task, 'val')[:eval_problems]
     worked = problems[:n_worked or None]
     questions = problems[:n_questions or None]
@@ -137,10 +137,10 @@ if __name__ == '__main__':
     tok = load_tokenizer(policy_from)
     policy = Transformer.from_pretrained(policy_from, device, dtype)
     if reset == 'base':
+        config_from_hf(read_json(os.path.join(find_checkpoint(base), 'config.json')), base)  # not after hours of sampling
         probe = rewards.prompt(problems[0].question) + rewards.completion(problems[0].solution)
         if load_tokenizer(base).encode(probe) != tok.encode(probe):
             raise UserError(f'{base} and {policy_from} have different tokenizers: sampled ids would mean other text')
-        Transformer.from_pretrained(base)  # a broken one should not be found after hours of sampling
     start_run(settings, resume, overwrite)
     log = Log(out_dir, resume)
     print(f'{len(questions):,} questions * {k} samples * {n_rounds} rounds = {len(questions) * k * n_rounds:,} samples; '
@@ -152,7 +152,7 @@ if __name__ == '__main__':
     if include_sft:
         for i, p in enumerate(worked[:len(questions)]):
             seen[i].add(solution_key(p.solution))
-    n_kept, updates, drawn, best = [0] * len(questions), 0, 0, -1.0
+    n_kept, updates, drawn, best, previous = [0] * len(questions), 0, 0, -1.0, policy_from
 
     for round in range(1, n_rounds + 1):
         round_dir = os.path.join(out_dir, f'round{round}')
@@ -188,7 +188,7 @@ if __name__ == '__main__':
             policy = Transformer.from_pretrained(round_dir, device)
             updates += max_steps or -int(-epochs * len(dataset) // batch_size)
         else:
-            policy = Transformer.from_pretrained(base, device) if reset == 'base' else policy.float()
+            policy = Transformer.from_pretrained(base if reset == 'base' else previous, device)
             start = updates
             updates += finetune(policy, dataset, epochs=epochs, max_steps=max_steps, batch_size=batch_size, micro_tokens=micro_tokens,
                                 lr=lr, min_lr=min_lr, warmup=warmup, weight_decay=weight_decay, grad_clip=grad_clip,
@@ -201,5 +201,5 @@ if __name__ == '__main__':
         if maj1 >= best:
             best = maj1
             policy.save_pretrained(os.path.join(out_dir, 'best'), tok)
-        policy = policy.to(dtype)
+        policy, previous = policy.to(dtype), round_dir
     print(f'best round by validation maj@1 ({best:.3f}): {out_dir}/best')

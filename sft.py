@@ -218,8 +218,8 @@ if __name__ == '__main__':
     # 1. data and tokenizer, before anything is written
     problems = rewards.load_problems(task, 'train') if not text_file else []
     val_problems = rewards.load_problems(task, 'val')[:eval_problems]
-    if n_worked > len(problems) and not text_file:
-        raise UserError(f'n_worked = {n_worked}, but {task} has {len(problems)} rows to train on')
+    if not (text_file or 0 <= n_worked <= len(problems)):
+        raise UserError(f'n_worked is from 0 (all) to {len(problems)}, the rows of {task} to train on')
     if eval_problems < 1:
         raise UserError('eval_problems must be at least 1')
     problems = problems[:n_worked or None]

@@ -7,8 +7,8 @@ cd "$(dirname "$0")/.."
 
 python data/arithmetic/prepare.py
 python sft.py config/demo_base.py --overwrite "$@"        # a language model of the task's world
-python sft.py config/demo_sft.py --overwrite "$@"         # + 1,000 worked solutions
-python ei.py config/demo_ei.py --overwrite "$@"           # + final answers of 5,000 more questions
+python sft.py config/demo_sft.py --overwrite "$@"         # + 500 worked solutions
+python ei.py config/demo_ei.py --overwrite "$@"           # + final answers of 5,500 more questions
 python sft.py config/demo_sft_long.py --overwrite "$@"    # the control: SFT for as many updates as SFT and EI took together
 for run in demo_sft demo_sft_long demo_ei; do
     python eval.py --init_from=out/$run --k=16 --n_problems=500 --max_new_tokens=110 --max_rows=1024 --overwrite

@@ -1,15 +1,15 @@
-# The demo's Expert Iteration: final answers of 6,000 questions, of which the first 1,000 have worked solutions as well.
+# The demo's Expert Iteration: final answers of 6,000 questions, of which the first 500 have worked solutions as well.
 # $ python ei.py config/demo_ei.py      (after config/demo_sft.py)
 init_from = 'out/demo_sft'  # draws the first round's samples
 base = 'out/demo_base'      # where each round's fine-tuning starts again
 out_dir = 'out/demo_ei'
-n_worked = 1000
+n_worked = 500
 n_questions = 6000          # all of train but the validation slice
 n_rounds = 2
 k = 4                       # 6,000 * 4 * 2 = 48,000 samples
 max_new_tokens = 110
 max_rows = 1024             # a small model decodes many rows at a time
-max_steps = 1000            # a round: with the 500 of demo_sft, 2,500 in all, as many as demo_sft_long takes
+max_steps = 1000            # a round: with the 300 of demo_sft, 2,300 in all, as many as demo_sft_long takes
 batch_size = 16
 micro_tokens = 2048
 lr = 1e-3

@@ -1,14 +1,14 @@
-# The demo's SFT: 1,000 worked solutions, from the base model.
+# The demo's SFT: 500 worked solutions, from the base model.
 # $ python sft.py config/demo_sft.py      (after config/demo_base.py)
 init_from = 'out/demo_base'
 out_dir = 'out/demo_sft'
-n_worked = 1000
-max_steps = 500             # 500 * 16 / 1,000 = 8 epochs
+n_worked = 500
+max_steps = 300             # 300 * 16 / 500 = 9.6 epochs
 batch_size = 16
 micro_tokens = 2048
 lr = 1e-3
 min_lr = 1e-4
 weight_decay = 0.1
-eval_interval = 125
+eval_interval = 100
 max_new_tokens = 110
 max_rows = 1024             # a small model decodes many rows at a time

@@ -1,10 +1,10 @@
-# The demo's control: SFT on the same 1,000 solutions for as many updates as SFT and both rounds of Expert Iteration together.
+# The demo's control: SFT on the same 500 solutions for as many updates as SFT and both rounds of Expert Iteration together.
 # If EI gained by training longer alone, this run would gain as much.
 # $ python sft.py config/demo_sft_long.py      (after config/demo_base.py)
 init_from = 'out/demo_base'
 out_dir = 'out/demo_sft_long'
-n_worked = 1000
-max_steps = 2500            # 500 + 2 * 1,000
+n_worked = 500
+max_steps = 2300            # 300 + 2 * 1,000
 batch_size = 16
 micro_tokens = 2048
 lr = 1e-3

@@ -27,7 +27,7 @@ from config import UserError, override
 
 # -----------------------------------------------------------------------------
 seed = 0                  # another seed, other problems
-n_train = 6256            # problems: 1,000 worked + 5,000 of which only the answer is used + 256 for validation
+n_train = 6256            # problems: the demo uses 500 solutions, 5,500 final answers, 256 for validation
 n_test = 1000             # problems; they do not depend on n_train, nor does train depend on n_base
 min_steps = 2             # operations of a solution, 1 to 6
 max_steps = 4             # shorter problems are the more frequent: see draw_steps
