@@ -192,7 +192,8 @@ if __name__ == '__main__':
             start = updates
             updates += finetune(policy, dataset, epochs=epochs, max_steps=max_steps, batch_size=batch_size, micro_tokens=micro_tokens,
                                 lr=lr, min_lr=min_lr, warmup=warmup, weight_decay=weight_decay, grad_clip=grad_clip,
-                                seed=seed * 1000 + round, dtype=dtype, compile=compile == 'on' or compile == 'auto' and device.type == 'cuda',
+                                seed=seed * 1000 + round, dtype=dtype,
+                                compile=compile == 'on' or compile == 'auto' and device.type == 'cuda',
                                 log=lambda step, **metrics: log(start + step, round=round, **metrics), desc=f'round {round}: fine-tune')
             policy.save_pretrained(round_dir, tok)
         # 6. how good is it? The best round by the validation slice is the result.

@@ -113,7 +113,8 @@ def summarize(records):
     K = len(records[0]['samples'])
     if K:
         correct = [[s['correct'] for s in r['samples']] for r in records]
-        values[f'maj@{K}'] = [maj_at_k([s['answer'] for s in r['samples']], c) for r, c in zip(records, correct)]
+        if K > 1:  # maj@1 is the greedy sample's
+            values[f'maj@{K}'] = [maj_at_k([s['answer'] for s in r['samples']], c) for r, c in zip(records, correct)]
         if all('score' in s for r in records for s in r['samples']):
             values[f'rerank@{K}'] = [rerank_at_k([s['score'] for s in r['samples']], c) for r, c in zip(records, correct)]
         for k in sorted({2 ** i for i in range(K.bit_length()) if 2 ** i <= K} | {K}):
@@ -189,7 +190,8 @@ def compare(folders):
             print(f'\n{t}: of {len(pairs)} problems {last} solves {len(gained)} that {first} does not, and fails {lost} that it does. '
                   f'The first {min(2, len(gained))} of those gained:')
         for a, b in gained[:2]:
-            print(f'\nQ: {a["question"]}\n   (answer {a["answer"]})\n--- {first}\n{a["greedy"]["text"].strip()}\n--- {last}\n{b["greedy"]["text"].strip()}')
+            print(f'\nQ: {a["question"]}\n   (answer {a["answer"]})')
+            print(f'--- {first}\n{a["greedy"]["text"].strip()}\n--- {last}\n{b["greedy"]["text"].strip()}')
 
 
 if __name__ == '__main__':
@@ -241,7 +243,8 @@ if __name__ == '__main__':
             greedy = answer(sampler, prompts, 1, max_new_tokens, 0, stop=stop)
             drawn = answer(sampler, prompts, k, max_new_tokens, temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed) if k else []
             for j, p in enumerate(todo):
-                record = {'index': i + j, 'question': p.question, 'answer': p.answer, 'greedy': judge(greedy[j], p, sampler.tokenizer, stop),
+                record = {'index': i + j, 'question': p.question, 'answer': p.answer,
+                          'greedy': judge(greedy[j], p, sampler.tokenizer, stop),
                           'samples': [judge(s, p, sampler.tokenizer, stop) for s in drawn[j * k:(j + 1) * k]]}
                 f.write(json.dumps(record) + '\n')
                 records.append(record)

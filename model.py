@@ -69,7 +69,7 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(config):
-    return RMSNorm(config.n_embd, config.norm_eps) if config.norm == 'rms' else nn.LayerNorm(config.n_embd, config.norm_eps)
+    return (RMSNorm if config.norm == 'rms' else nn.LayerNorm)(config.n_embd, config.norm_eps)
 
 
 def rope_tables(config):
@@ -116,6 +116,8 @@ def attend(q, k, v, mask):
 
 
 class Attention(nn.Module):
+    """Causal self-attention with grouped queries; x (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.n_head, self.n_kv_head, self.head_dim = layer, config.n_head, config.n_kv_head, config.head_dim

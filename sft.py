@@ -164,7 +164,8 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
 
     evaluate(step, optimizer), if given, is called every eval_interval updates (0: an epoch) and after the last one.
     log(step, **metrics), if given, gets the loss (nats a learned token), lr, gradient norm, tokens and padding share.
-    Each epoch is a fresh permutation of the examples (epoch_order), and an update may straddle two epochs; so optimizer and start_step are all it takes to go on from a checkpoint. UserError if the loss is not finite."""
+    Each epoch is a fresh permutation of the examples (epoch_order), and an update may straddle two epochs; so optimizer and
+    start_step are all it takes to go on from a checkpoint. UserError if the loss is not finite."""
     if not examples:
         raise UserError('there is nothing to fine-tune on')
     if batch_size < 1 or micro_tokens < 1:

@@ -1,5 +1,6 @@
 # SFT of SmolLM2-135M on GSM8K: what one small GPU does in minutes.
-# $ python data/gsm8k/prepare.py && python sft.py config/gsm8k_smollm2_sft.py && python eval.py --init_from=out/gsm8k_smollm2_sft --task=gsm8k
+# $ python data/gsm8k/prepare.py && python sft.py config/gsm8k_smollm2_sft.py
+# $ python eval.py --init_from=out/gsm8k_smollm2_sft --task=gsm8k
 # Hardware: one GPU of 8 GB or more (135M * 16 bytes = 2.2 GB and activations). Qwen2.5-0.5B: --init_from=Qwen/Qwen2.5-0.5B, 16 GB.
 # Not run: it needs a GPU and the model hub.
 task = 'gsm8k'

@@ -1,5 +1,6 @@
 # SFT of SmolLM2-135M for SVAMP: trained on MAWPS and ASDiv-A, tested on SVAMP's 1,000 problems (its authors' protocol).
-# $ python data/svamp/prepare.py && python sft.py config/svamp_smollm2_sft.py && python eval.py --init_from=out/svamp_smollm2_sft --task=svamp
+# $ python data/svamp/prepare.py && python sft.py config/svamp_smollm2_sft.py
+# $ python eval.py --init_from=out/svamp_smollm2_sft --task=svamp
 # Hardware: one GPU of 8 GB or more. Not run: it needs a GPU and the model hub.
 task = 'svamp'
 init_from = 'HuggingFaceTB/SmolLM2-135M'

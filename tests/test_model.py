@@ -177,7 +177,7 @@ class TestBrokenCheckpoints:
         Transformer(tiny_config(V)).init_weights().save_pretrained(str(tmp_path / 'm'))
         return tmp_path / 'm'
 
-    def refused(self, folder, match):
+    def check_refused(self, folder, match):
         with pytest.raises(UserError, match=match) as error:
             Transformer.from_pretrained(str(folder))
         assert '\n' not in str(error.value)
@@ -185,34 +185,34 @@ class TestBrokenCheckpoints:
     def test_truncated(self, folder):
         data = (folder / 'model.safetensors').read_bytes()
         (folder / 'model.safetensors').write_bytes(data[:len(data) // 2])
-        self.refused(folder, 'model.safetensors: the checkpoint is missing or broken')
+        self.check_refused(folder, 'model.safetensors: the checkpoint is missing or broken')
 
     def test_missing_weight(self, folder):
         tensors = load_file(folder / 'model.safetensors')
         del tensors['model.layers.1.mlp.up_proj.weight']
         save_file(tensors, folder / 'model.safetensors')
-        self.refused(folder, 'has no layers.1.mlp.up_proj.weight')
+        self.check_refused(folder, 'has no layers.1.mlp.up_proj.weight')
 
     def test_extra_weight(self, folder):
         save_file(load_file(folder / 'model.safetensors') | {'model.layers.0.self_attn.q_proj.bias': torch.zeros(32)},
                   folder / 'model.safetensors')
-        self.refused(folder, 'no place for: layers.0.self_attn.q_proj.bias')
+        self.check_refused(folder, 'no place for: layers.0.self_attn.q_proj.bias')
 
     def test_wrong_shape(self, folder):
         hf = json.loads((folder / 'config.json').read_text())
         (folder / 'config.json').write_text(json.dumps(hf | {'vocab_size': V + 1}))
-        self.refused(folder, f'shape \\({V}, 32\\), the config asks for \\({V + 1}, 32\\)')
+        self.check_refused(folder, f'shape \\({V}, 32\\), the config asks for \\({V + 1}, 32\\)')
 
     def test_broken_config(self, folder):
         (folder / 'config.json').write_text('{"model_type": ')
-        self.refused(folder, 'config.json: not readable as JSON')
+        self.check_refused(folder, 'config.json: not readable as JSON')
 
     def test_no_checkpoint(self, tmp_path):
-        self.refused(tmp_path, 'no checkpoint there')
-        self.refused(tmp_path / 'absent', 'no such checkpoint')
+        self.check_refused(tmp_path, 'no checkpoint there')
+        self.check_refused(tmp_path / 'absent', 'no such checkpoint')
 
     def test_hub_out_of_reach(self):
-        self.refused('nobody/nothing', 'neither a folder nor to be had from the hub')
+        self.check_refused('nobody/nothing', 'neither a folder nor to be had from the hub')
 
 
 def test_run_folder_means_its_best_checkpoint(tmp_path):
