@@ -47,10 +47,10 @@ def test_logits_equal_transformers_and_export_returns_them(name, tmp_path):
     with torch.no_grad():
         expected = theirs(ids).logits
         assert expected.std() > 0.5  # logits that would show a fault
-        torch.testing.assert_close(ours(ids), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours(ids), expected, atol=5e-5, rtol=1e-5)
         ours.save_pretrained(str(tmp_path / 'ours'))
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ours').eval()
-        torch.testing.assert_close(again(ids).logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(again(ids).logits, expected, atol=5e-5, rtol=1e-5)
         assert torch.equal(Transformer.from_pretrained(str(tmp_path / 'ours'))(ids), ours(ids))
 
 
