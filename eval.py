@@ -60,7 +60,10 @@ def pass_at_k(n, c, k):
 
 def maj_at_k(answers, correct):
     """Whether the answer most samples gave is right: 1.0 or 0.0. answers: strings in normal form, or None for a sample
-    without one, which has no vote. Of answers with equal votes the one given first wins."""
+    without one, which has no vote. correct: whether each answer is right, or the right answer itself. Of answers with equal
+    votes the one given first wins."""
+    if isinstance(correct, str):
+        correct = [a == correct for a in answers]
     votes = Counter(a for a in answers if a is not None)  # most_common keeps the order of first appearance among equals
     if not votes:
         return 0.0
@@ -102,7 +105,7 @@ def answer(sampler, prompts, k, max_new_tokens, temperature, **arguments):
 
 def greedy_accuracy(sampler, problems, max_new_tokens):
     """maj@1: the share of problems whose greedy solution is right."""
-    samples = answer(sampler, [rewards.prompt(p.question) for p in problems], 1, max_new_tokens, 0)
+    samples = answer(sampler, [rewards.prompt(p.question) for p in problems], 1, max_new_tokens, 0, desc='maj@1')
     return sum(judge(s, p, sampler.tokenizer)['correct'] for s, p in zip(samples, problems)) / len(problems)
 
 

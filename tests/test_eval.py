@@ -39,7 +39,7 @@ def test_pass_at_k_goldens():
     ([None, None, '5'], '5', 1.0),                                       # no answer, no vote
     ([None, None], '5', 0.0), ([], '5', 0.0), (['5'], '5', 1.0)])
 def test_maj_at_k(answers, right, expected):
-    assert maj_at_k(answers, [a == right for a in answers]) == expected
+    assert maj_at_k(answers, [a == right for a in answers]) == maj_at_k(answers, right) == expected
 
 
 def test_rerank_at_k():
