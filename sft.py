@@ -80,8 +80,9 @@ def solution_examples(problems, tokenizer):
 
 
 def text_examples(texts, tokenizer):
-    """Plain texts: EOS, the text, EOS, so that the first token is predicted too and a text's end is learned."""
-    return [Example([tokenizer.eos] + tokenizer.encode(text) + [tokenizer.eos], 1) for text in texts]
+    """Plain texts between BOS (EOS where a tokenizer has none) and EOS, so that a text's first token and its end are learned."""
+    start = tokenizer.bos or [tokenizer.eos]
+    return [Example(start + tokenizer.encode(text) + [tokenizer.eos], len(start)) for text in texts]
 
 
 def load_texts(path):
