@@ -11,15 +11,14 @@ $ python ei.py config/demo_ei.py                     # CPU, after config/demo_sf
 $ python ei.py config/demo_ei.py --init_from=resume  # goes on where a stopped run was, within a round's samples too
 $ python ei.py config/gsm8k_smollm2_ei.py            # one GPU
 """
-import json
 import os
 
 import eval as evaluation
 import rewards
-from config import Log, UserError, bar, override, read_run, start_run
+from config import Log, UserError, override, read_run, start_run
 from model import Transformer, config_from_hf, find_checkpoint, read_json, setup
-from sample import Sampler, load_tokenizer
-from sft import Example, finetune, n_learned, solution_examples
+from sample import Example, Sampler, check_same_tokenizer, load_tokenizer
+from sft import finetune, n_learned, solution_examples
 
 # -----------------------------------------------------------------------------
 # data
@@ -36,6 +35,9 @@ n_rounds = 2              # paper: 2 from an SFT checkpoint (as recalled), 4 to 
 k = 96                    # samples a question and round; paper: 96; 4 is a cheap choice that works too (as recalled)
 temperature = 1.0         # paper: 1.0 (as recalled); no top-k, no top-p: what is learned is what the policy draws
 max_new_tokens = 256      # budget of a sample; one that does not finish is not kept
+reward = 'sparse'         # the return that filters: 'sparse', 1 for the right answer, or 'orm', the score of reward_model
+reward_model = ''         # an outcome reward model's run (python rewards.py config/demo_orm.py), for reward = 'orm'
+tau = 1.0                 # solutions with a return of at least this are kept; with 'orm' below 1, e.g. 0.8
 max_per_question = 0      # solutions kept for a question over all rounds, the first ones; 0: no cap
 max_rows = 256            # samples decoded at a time
 # fine-tuning, as in sft.py
@@ -60,52 +62,19 @@ compile = 'auto'          # 'on', 'off', or 'auto': on CUDA only
 # -----------------------------------------------------------------------------
 
 
-def explore(sampler, problems, path, k, max_new_tokens, temperature, seed, desc):
-    """Draws k samples of each problem and returns them as [[record]], a list a problem; a record is eval.judge's plus 'ids'.
-
-    Each problem is a line of the file `path`, written as it comes. What is there already is not drawn again; since a
-    sample depends on seed and question alone, an exploration in pieces equals one in a single go."""
-    rows = []
-    if os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            for line in f:
-                if not line.endswith('\n'):  # torn: the run was killed while it wrote
-                    break
-                rows.append(json.loads(line))
-    with open(path, 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps(row) + '\n' for row in rows)
-        chunk = max(1, 4 * sampler.max_rows // k)  # problems a time: enough to fill some batches
-        progress = bar(desc=desc, total=len(problems))
-        progress.update(len(rows))
-        for i in range(len(rows), len(problems), chunk):
-            todo = problems[i:i + chunk]
-            samples = evaluation.answer(sampler, [rewards.prompt(p.question) for p in todo], k, max_new_tokens, temperature, seed=seed)
-            for j, p in enumerate(todo):
-                records = [evaluation.judge(s, p, sampler.tokenizer) | {'ids': s.ids} for s in samples[j * k:(j + 1) * k]]
-                rows.append({'question': p.question, 'samples': records})
-                f.write(json.dumps(rows[-1]) + '\n')
-            f.flush()
-            progress.update(len(todo))
-        progress.close()
-    for row, p in zip(rows, problems):
-        if row['question'] != p.question:
-            raise UserError(f'{path} holds samples of other questions; start with --overwrite')
-    return [row['samples'] for row in rows]
-
-
 def solution_key(text):
     """What makes two solutions the same: their equations, or where there are none their text."""
     return rewards.equations(text) or (text.strip(),)
 
 
-def select(records, seen, n_kept, cap):
-    """The records of one question that join the data set: right, new by their equations, and within the cap (0: none).
+def select(records, seen, n_kept, cap, tau=1.0):
+    """The records of one question that join the data set: of return tau or more, new by their equations, within the cap (0: none).
 
     seen: the question's keys in the data set so far, extended in place. n_kept: its solutions kept in earlier rounds."""
     kept = []
     for record in records:
         key = solution_key(record['text'])
-        if record['correct'] and key not in seen and not (cap and n_kept + len(kept) >= cap):
+        if record['return'] >= tau and key not in seen and not (cap and n_kept + len(kept) >= cap):
             seen.add(key)
             kept.append(record)
     return kept
@@ -138,13 +107,16 @@ if __name__ == '__main__':
     policy = Transformer.from_pretrained(policy_from, device, dtype)
     if reset == 'base':
         config_from_hf(read_json(os.path.join(find_checkpoint(base), 'config.json')), base)  # not after hours of sampling
-        probe = rewards.prompt(problems[0].question) + rewards.completion(problems[0].solution)
-        if load_tokenizer(base).encode(probe) != tok.encode(probe):
-            raise UserError(f'{base} and {policy_from} have different tokenizers: sampled ids would mean other text')
+        check_same_tokenizer(load_tokenizer(base), tok, f'{base} and {policy_from}')
+    if reward not in ('sparse', 'orm') or (reward == 'orm') != bool(reward_model):
+        raise UserError("reward is 'sparse', or 'orm' with a reward_model")
+    scorer = rewards.load_reward_model(reward_model, tok, device) if reward == 'orm' else None
     start_run(settings, resume, overwrite)
     log = Log(out_dir, resume)
     print(f'{len(questions):,} questions * {k} samples * {n_rounds} rounds = {len(questions) * k * n_rounds:,} samples; '
           f'D_0 has {len(worked) if include_sft else 0:,} worked solutions')
+
+    prompt_ids = [tok.encode_prompt(rewards.prompt(p.question)) for p in questions]
 
     # D_0. The ids of a sampled solution go into the data set as they were drawn, never decoded and encoded again.
     dataset = solution_examples(worked, tok) if include_sft else []
@@ -158,7 +130,7 @@ if __name__ == '__main__':
         round_dir = os.path.join(out_dir, f'round{round}')
         # 1. explore: K samples of every question
         sampler = Sampler(policy, tok, max_rows, dtype)
-        found = explore(sampler, questions, os.path.join(out_dir, f'samples_round{round}.jsonl'), k, max_new_tokens, temperature,
+        found = evaluation.explore(sampler, questions, os.path.join(out_dir, f'samples_round{round}.jsonl'), k, max_new_tokens, temperature,
                         seed * 1000 + round, f'round {round}: explore')
         drawn += len(questions) * k
         flat = [record for records in found for record in records]
@@ -166,21 +138,27 @@ if __name__ == '__main__':
         share_truncated = sum(not r['finished'] for r in flat) / len(flat)
         if share_truncated > 0.2:
             print(f'warning: {100 * share_truncated:.0f}% of the samples did not finish within max_new_tokens = {max_new_tokens}')
-        # 2. filter by the final answer and 3. de-duplicate
-        n_new = 0
-        for i, p in enumerate(questions):
-            prompt_ids = tok.encode_prompt(rewards.prompt(p.question))
-            kept = select(found[i], seen[i], n_kept[i], max_per_question)
+        # 2. filter by the return, by default that of the final answer, and 3. de-duplicate
+        for record in flat:
+            record['return'] = float(record['correct'])
+        if reward == 'orm':
+            rows = [Example(ids + r['ids'], len(ids)) for ids, records in zip(prompt_ids, found) for r in records]
+            for record, scored in zip(flat, evaluation.with_scores(flat, rewards.score(scorer, rows, micro_tokens, dtype))):
+                record['return'] = scored['score']
+        n_new, n_right = 0, 0
+        for i in range(len(questions)):
+            kept = select(found[i], seen[i], n_kept[i], max_per_question, tau)
             # 4. accumulate: D_i = R_i + D_{i-1}
-            dataset += [Example(prompt_ids + record['ids'], len(prompt_ids)) for record in kept]
+            dataset += [Example(prompt_ids[i] + record['ids'], len(prompt_ids[i])) for record in kept]
             n_kept[i] += len(kept)
             n_new += len(kept)
+            n_right += sum(record['correct'] for record in kept)
         if not dataset:
-            raise UserError(f'round {round}: none of {len(flat):,} samples is right, so that there is nothing to learn from '
+            raise UserError(f'round {round}: none of {len(flat):,} samples has a return of {tau}, so that there is nothing to learn from '
                             f'({100 * share_truncated:.0f}% of them did not finish within {max_new_tokens} tokens)')
         log(updates, round=round, samples_drawn=drawn, share_correct=share_correct, share_truncated=share_truncated,
             unique_equations=sum(evaluation.unique_equations(records) for records in found) / len(found),
-            solved=sum(any(r['correct'] for r in records) for records in found) / len(found), new_solutions=n_new,
+            solved=sum(any(r['correct'] for r in records) for records in found) / len(found), new_solutions=n_new, new_right=n_right / max(1, n_new),
             dataset=len(dataset), dataset_tokens=n_learned(dataset))
 
         # 5. distil: fine-tune from the base again, unless a stopped run had done it

@@ -3,7 +3,8 @@ How good is a policy, and how far does it explore? The paper's measures (Havrill
 
 maj@1    the one greedy sample is right
 maj@K    a plain vote over K samples at temperature 0.7 is right
-rerank@K the sample that a scorer likes best is right (where the records carry scores)
+rerank@K the sample that a reward model scores highest is right      (with --scorer)
+weighted@K  a vote in which each sample counts by its score is right  (with --scorer)
 pass@K   any of K samples is right
 
 The metrics are pure functions of records, one a problem, which are written as they come: an evaluation that was stopped
@@ -11,6 +12,7 @@ goes on where it was. A sample that did not finish within its budget counts as w
 
 $ python eval.py --init_from=out/demo_ei --task=arithmetic --k=16
 $ python eval.py --init_from=out/gsm8k_ei --task=gsm8k            # maj@96 and pass@96, on one GPU
+$ python eval.py --init_from=out/demo_ei --scorer=out/demo_orm    # and rerank@K, by an outcome reward model
 $ python eval.py --compare out/demo_sft out/demo_ei               # one table, and where the two differ
 """
 import json
@@ -22,9 +24,9 @@ from math import comb
 import numpy as np
 
 import rewards
-from config import UserError, bar, override
+from config import UserError, bar, override, read_rows
 from model import Transformer, find_checkpoint, setup
-from sample import Sample, Sampler, load_tokenizer
+from sample import Example, Sampler, answer, load_tokenizer
 
 # -----------------------------------------------------------------------------
 # settings
@@ -36,9 +38,11 @@ k = 96                # samples a problem, beside the greedy one; 0: greedy alon
 temperature = 0.7     # of the K samples; paper: 0.7 (as recalled)
 top_k = 0             # 0: all
 top_p = 1.0           # 1: all
+scorer = ''           # a reward model (python rewards.py config/demo_orm.py): adds rerank@K and weighted@K
 few_shot = 0          # worked examples before the question, from the validation slice: for a base model, 2
 max_new_tokens = 256  # budget of every sample
 max_rows = 256        # samples decoded at a time
+micro_tokens = 16384  # tokens that the scorer reads at a time, padding included
 out_dir = ''          # where eval_<task>.json goes; empty: init_from, if that is a folder
 overwrite = False     # drop the records of an evaluation with other settings
 seed = 0
@@ -75,6 +79,15 @@ def rerank_at_k(scores, correct):
     return float(correct[max(range(len(scores)), key=lambda i: scores[i])])
 
 
+def weighted_at_k(answers, scores, correct):
+    """Whether the answer with the largest sum of scores is right: 1.0 or 0.0. Ties and unanswered samples as in maj_at_k."""
+    total = {}
+    for a, s in zip(answers, scores):
+        if a is not None:
+            total[a] = total.get(a, 0.0) + s
+    return float(correct[answers.index(max(total, key=total.get))]) if total else 0.0
+
+
 def unique_equations(samples):
     """Number of different equation sequences among a problem's samples: the paper's measure of diversity."""
     return len({rewards.equations(s['text']) for s in samples})
@@ -93,14 +106,37 @@ def judge(sample, problem, tokenizer, stop=()):
             'correct': sample.finished and rewards.is_correct(text, problem.answer)}
 
 
-def answer(sampler, prompts, k, max_new_tokens, temperature, **arguments):
-    """Sampler.generate, but a prompt without room for its budget in the model's context gets empty samples, which count as
-    wrong, instead of ending the run; UserError if that is every prompt."""
-    prompts = [sampler.tokenizer.encode_prompt(p) for p in prompts]
-    room = sampler.model.config.block_size - max_new_tokens
-    fitting = [p for p in prompts if len(p) <= room] or prompts[:1]  # none: let the sampler say why
-    drawn = iter(sampler.generate(fitting, k, max_new_tokens, temperature, **arguments))
-    return [next(drawn) if len(p) <= room else Sample(p, [], [], False) for p in prompts for _ in range(k)]
+def explore(sampler, problems, path, k, max_new_tokens, temperature, seed, desc):
+    """Draws k samples of each problem and returns them as [[record]], a list a problem; a record is judge's plus 'ids'.
+
+    Each problem is a line of the file `path`, written as it comes. What is there already is not drawn again; since a
+    sample depends on seed and question alone, an exploration in pieces equals one in a single go."""
+    rows = read_rows(path)
+    with open(path, 'a', encoding='utf-8') as f:
+        chunk = max(1, 4 * sampler.max_rows // k)  # problems a time: enough to fill some batches
+        progress = bar(desc=desc, total=len(problems))
+        progress.update(len(rows))
+        for i in range(len(rows), len(problems), chunk):
+            todo = problems[i:i + chunk]
+            samples = answer(sampler, [rewards.prompt(p.question) for p in todo], k, max_new_tokens, temperature, seed=seed)
+            for j, p in enumerate(todo):
+                records = [judge(s, p, sampler.tokenizer) | {'ids': s.ids} for s in samples[j * k:(j + 1) * k]]
+                rows.append({'question': p.question, 'samples': records})
+                f.write(json.dumps(rows[-1]) + '\n')
+            f.flush()
+            progress.update(len(todo))
+        progress.close()
+    for row, p in zip(rows, problems):
+        if row['question'] != p.question:
+            raise UserError(f'{path} holds samples of other questions; start with --overwrite')
+    return [row['samples'] for row in rows]
+
+
+def with_scores(records, scores):
+    """Adds each sample's score to its record: the reward model's of its last token; 0 where the sample has no say, since it did
+    not finish or has no answer, so that it never wins."""
+    return [record | {'score': s[-1].item() if record['finished'] and record['answer'] is not None else 0.0}
+            for record, s in zip(records, scores)]
 
 
 def greedy_accuracy(sampler, problems, max_new_tokens):
@@ -111,7 +147,7 @@ def greedy_accuracy(sampler, problems, max_new_tokens):
 
 def summarize(records):
     """{metric: (mean, standard error over problems)} of a list of records with equally many samples each: maj@1, maj@K,
-    pass@k for k = 1, 2, 4 .. K, rerank@K where every sample has a score, and how long and how varied the samples are."""
+    pass@k for k = 1, 2, 4 .. K, rerank@K and weighted@K where every sample has a score, and how long and how varied the samples are."""
     values = {'maj@1': [float(r['greedy']['correct']) for r in records]}
     K = len(records[0]['samples'])
     if K:
@@ -119,7 +155,10 @@ def summarize(records):
         if K > 1:  # maj@1 is the greedy sample's
             values[f'maj@{K}'] = [maj_at_k([s['answer'] for s in r['samples']], c) for r, c in zip(records, correct)]
         if all('score' in s for r in records for s in r['samples']):
-            values[f'rerank@{K}'] = [rerank_at_k([s['score'] for s in r['samples']], c) for r, c in zip(records, correct)]
+            scores = [[s['score'] for s in r['samples']] for r in records]
+            values[f'rerank@{K}'] = [rerank_at_k(s, c) for s, c in zip(scores, correct)]
+            values[f'weighted@{K}'] = [weighted_at_k([s['answer'] for s in r['samples']], w, c)
+                                       for r, w, c in zip(records, scores, correct)]
         for k in sorted({2 ** i for i in range(K.bit_length()) if 2 ** i <= K} | {K}):
             values[f'pass@{k}'] = [pass_at_k(K, sum(c), k) for c in correct]
         values['unique_equations'] = [unique_equations(r['samples']) for r in records]
@@ -223,7 +262,7 @@ if __name__ == '__main__':
     # What the records depend on. With the same of it an evaluation goes on; with another it is refused, not mixed.
     task_name = os.path.basename(os.path.normpath(task))
     records_file = os.path.join(out_dir, f'eval_{task_name}.jsonl')
-    keys = ('init_from', 'task', 'split', 'n_problems', 'k', 'temperature', 'top_k', 'top_p', 'few_shot', 'max_new_tokens', 'seed')
+    keys = ('init_from', 'task', 'split', 'n_problems', 'k', 'temperature', 'top_k', 'top_p', 'scorer', 'few_shot', 'max_new_tokens', 'seed')
     identity = {key: settings[key] for key in keys} | {'weights': os.path.getmtime(os.path.join(folder, 'config.json'))}
     before, records = read_records(records_file)
     if before and before != identity:
@@ -232,6 +271,7 @@ if __name__ == '__main__':
             raise UserError(f'{records_file} holds an evaluation with other settings ({", ".join(changed)}); --overwrite replaces it')
         records = []
     sampler = Sampler(Transformer.from_pretrained(folder, device), load_tokenizer(folder), max_rows, dtype)
+    reward_model = rewards.load_reward_model(scorer, sampler.tokenizer, device) if scorer else None
     build = (lambda p: rewards.few_shot_prompt(p.question, examples)) if few_shot else (lambda p: rewards.prompt(p.question))
     os.makedirs(out_dir, exist_ok=True)
     with open(records_file, 'w', encoding='utf-8') as f:
@@ -245,10 +285,14 @@ if __name__ == '__main__':
             prompts = [build(p) for p in todo]
             greedy = answer(sampler, prompts, 1, max_new_tokens, 0, stop=stop)
             drawn = answer(sampler, prompts, k, max_new_tokens, temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed) if k else []
+            judged = [judge(s, todo[j // k], sampler.tokenizer, stop) for j, s in enumerate(drawn)]
+            if scorer:  # the reward model reads the question as it was trained to, without the few-shot examples
+                heads = [sampler.tokenizer.encode_prompt(rewards.prompt(p.question)) for p in todo]
+                rows = [Example(heads[j // k] + s.ids, len(heads[j // k])) for j, s in enumerate(drawn)]
+                judged = with_scores(judged, rewards.score(reward_model, rows, micro_tokens, dtype))
             for j, p in enumerate(todo):
                 record = {'index': i + j, 'question': p.question, 'answer': p.answer,
-                          'greedy': judge(greedy[j], p, sampler.tokenizer, stop),
-                          'samples': [judge(s, p, sampler.tokenizer, stop) for s in drawn[j * k:(j + 1) * k]]}
+                          'greedy': judge(greedy[j], p, sampler.tokenizer, stop), 'samples': judged[j * k:(j + 1) * k]}
                 f.write(json.dumps(record) + '\n')
                 records.append(record)
             f.flush()

@@ -578,6 +578,15 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
+def learning_rate(step, steps, lr, min_lr, warmup):
+    """Linear warm-up over the first share `warmup` of the updates, then a cosine from lr to min_lr at the last one."""
+    n_warmup = int(warmup * steps)
+    if step < n_warmup:
+        return lr * (step + 1) / n_warmup
+    progress = (step - n_warmup) / max(1, steps - 1 - n_warmup)
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
+
+
 def save_state(path, model, tokenizer, optimizer, state):
     """A checkpoint from which a run can go on: weights, tokenizer, optimizer and `state`, a dictionary of plain values."""
     model.save_pretrained(path, tokenizer, train_state={'optimizer': optimizer.state_dict(), 'state': state})

@@ -1,22 +1,66 @@
 """
-Problems and the check of their answers. A task is a folder with train.jsonl and test.jsonl, rows {"question", "answer"} in
-GSM8K's form: one step a line with <<a+b=c>> annotations, then "#### n". Whoever trains, samples or evaluates takes the
-problem, the prompt and the answer check from here, so that they can't disagree on what is asked and what is right.
+Problems, the check of their answers, and every kind of reward. A task is a folder with train.jsonl and test.jsonl, rows
+{"question", "answer"} in GSM8K's form: one step a line with <<a+b=c>> annotations, then "#### n". Whoever trains, samples or
+evaluates takes the problem, the prompt and the answer check from here, so that they can't disagree on what is right.
+
+As a script it trains the learned rewards. An outcome reward model (ORM, Havrilla et al. 2024) reads a policy's solutions and
+learns which of them end in the right answer. A process reward model (PRM, Gao et al. 2024) learns for each step how often
+the policy still gets there from it, counted over fresh samples (Wang et al. 2023, Math-Shepherd). Both are the transformer
+with a scalar head, whose logistic function is a probability.
 
 $ python data/gsm8k/prepare.py && python rewards.py --task=gsm8k    # counts of a task; does the check accept its own answers?
+$ python rewards.py config/demo_orm.py                              # CPU: the demo's ORM, after config/demo_sft.py
+$ python rewards.py config/demo_prm.py --init_from=resume           # goes on where a stopped run was
 """
 import ast
 import json
+import math
 import operator
 import os
+import random
 import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from config import UserError, override
+import torch
+import torch.nn.functional as F
+
+from config import Log, UserError, bar, override, read_rows, read_run, start_run
+from model import Transformer, autocast, find_checkpoint, learning_rate, make_optimizer, setup
+from sample import Sampler, answer, check_same_tokenizer, collate, epoch_order, load_tokenizer, micro_batches
 
 # -----------------------------------------------------------------------------
 task = 'arithmetic'       # data/<task>/, or a folder with train.jsonl and test.jsonl
+# what to train
+kind = ''                 # 'orm' or 'prm'; '': only count the task's problems
+init_from = 'out/sft'     # the policy whose solutions are judged, or 'resume'
+base = ''                 # the weights that the reward model starts from; '': the policy's
+# samples and labels
+n_questions = 0           # rows of train to sample, the first ones; 0: all
+k = 8                     # solutions a question
+temperature = 1.0         # of the solutions, and of the rollouts that judge their steps
+max_new_tokens = 256      # budget of a solution
+max_rows = 256            # samples decoded at a time
+balance = True            # ORM: as many right as wrong solutions, of each question where it has both
+label_at = 'token'        # ORM: every 'token' of a solution carries its label, or every 'step' end
+rollouts = 8              # PRM: samples from the end of each step
+step_label = 'share'      # PRM: the 'share' of them that reach the right answer, or whether 'any' does
+heldout = 256             # questions of the validation slice on whose solutions the reward model is judged
+# optimisation, as in sft.py
+epochs = 2.0
+batch_size = 64
+micro_tokens = 16384
+lr = 1e-5
+min_lr = 1e-6
+warmup = 0.03
+weight_decay = 0.0
+grad_clip = 1.0
+# run
+out_dir = 'out/orm'
+overwrite = False         # replace the run that out_dir holds
+seed = 0
+device = 'auto'           # 'auto', 'cpu', 'cuda', 'mps'
+dtype = 'auto'            # of the matrix products: 'auto', 'float32', 'bfloat16'
 # -----------------------------------------------------------------------------
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data')
@@ -221,6 +265,11 @@ def equations(solution):
     return tuple(found)
 
 
+def results(solution):
+    """The right-hand sides of its equations, in order, in the one spelling of a number (None for what is none)."""
+    return [_number(e.rpartition('=')[2], whole=True) for e in equations(solution)]
+
+
 def evaluate(expression):
     """'(12+3)*2' -> Fraction(30), by + - * / // and brackets alone; anything else: ValueError or SyntaxError."""
     if len(expression) > 200 or not re.fullmatch(r'[-+*/().0-9\s]+', expression):
@@ -248,13 +297,324 @@ def annotation_is_right(equation):
         return False
 
 
+# ---- Rewards: a batch of solutions -> (B, T), a reward for each of their tokens ----
+
+class Response(NamedTuple):
+    """A sampled solution as the rewards see it. Its actions are `ids`; a prefix that it was given (backtracking) is no action."""
+    problem: Problem
+    prefix: str     # steps of the reference solution that it was started from, mostly ''
+    ids: list       # what was sampled, EOS included
+    lines: list     # [(number of its last token in ids, text)] of its steps; the last one, with the answer, ends with the ids
+    finished: bool
+    correct: bool   # finished, and with the right answer
+
+
+def step_lines(ids, tokenizer):
+    """Sampled ids (at least one) -> [(number of the last token, text)] of their lines that are not blank. The last line goes
+    up to the last id, so that its reward is the last action's."""
+    lines, start = [], 0
+    for end, token in enumerate(ids):
+        if token in tokenizer.newline_ids:
+            line = tokenizer.decode(ids[start:end + 1]).strip()
+            lines += [(end, line)] if line else []
+            start = end + 1
+    rest = tokenizer.decode(ids[start:]).strip()
+    if rest or not lines:
+        return lines + [(len(ids) - 1, rest)]
+    return lines[:-1] + [(len(ids) - 1, lines[-1][1])]
+
+
+def respond(problem, sample, tokenizer, prefix=''):
+    """A sample.Sample of the problem, drawn after the prefix's text, as a Response."""
+    right = sample.finished and is_correct(prefix + tokenizer.decode(sample.ids), problem.answer)
+    return Response(problem, prefix, sample.ids, step_lines(sample.ids, tokenizer), sample.finished, right)
+
+
+def at_positions(responses, positions, values):
+    """(B, T) zeros, T the longest response, with values[i] at the actions positions[i] of row i."""
+    rewards = torch.zeros(len(responses), max(len(r.ids) for r in responses))
+    for row, where, what in zip(rewards, positions, values):
+        row[torch.as_tensor(where)] = torch.as_tensor(what, dtype=torch.float32)
+    return rewards
+
+
+def step_ends(response):
+    return [end for end, _ in response.lines]
+
+
+def sparse_rewards(responses, right=1.0, wrong=0.0, truncated=0.0):
+    """The outcome, on the last action: right, wrong, or truncated where the budget ended before the solution did."""
+    outcomes = [truncated if not r.finished else right if r.correct else wrong for r in responses]
+    return at_positions(responses, [[len(r.ids) - 1] for r in responses], [[o] for o in outcomes])
+
+
+def dense_rewards(responses):
+    """The heuristic of Havrilla et al. 2024: a step whose result is the next still unmatched result of the reference solution
+    earns 1 / (number of reference results), on its last token. So a solution earns 1 at most, however often it repeats."""
+    values = []
+    for r in responses:
+        wanted, matched, earned = results(r.problem.solution), len(results(r.prefix)), []
+        for _, line in r.lines:
+            before = matched
+            for result in results(line):
+                matched += matched < len(wanted) and result == wanted[matched]
+            earned.append((matched - before) / max(1, len(wanted)))
+        values.append(earned)
+    return at_positions(responses, [step_ends(r) for r in responses], values)
+
+
+def orm_rewards(responses, scores):
+    """The ORM's score of the whole solution, on the last action. scores: for each response (n,), one score an action."""
+    return at_positions(responses, [[len(r.ids) - 1] for r in responses], [s[-1:] for s in scores])
+
+
+def orm_dense_rewards(responses, scores):
+    """The ORM's score of the solution so far, at the end of every step. Unbounded: more steps earn more."""
+    return prm_rewards(responses, scores, 'none')
+
+
+def clip_rewards(r, eta):
+    """Clip of Gao et al. 2024: min(r - eta, 0). r: (K,) the scores of a solution's steps. No step earns more than nothing, so
+    that none is worth adding."""
+    return (r - eta).clamp(max=0)
+
+
+def delta_rewards(r):
+    """Delta of Gao et al. 2024: r_k - r_{k+1} for k < K - 1, r_{K-1} at k = K - 1, and 0 at the last step K, which holds the
+    answer and has the outcome's reward. r: (K,). From step k on they sum to r_k, whatever comes after it."""
+    following = torch.cat([r[1:-1], r.new_zeros(min(len(r), 2))])  # r_{k+1}; 0 after K - 1, and in place of the answer
+    steps = torch.cat([r[:-1], r.new_zeros(min(len(r), 1))])
+    return steps - following
+
+
+REFINEMENTS = {'none': lambda r, eta: r, 'clip': clip_rewards, 'delta': lambda r, eta: delta_rewards(r),
+               'clip_delta': lambda r, eta: delta_rewards(clip_rewards(r, eta))}
+
+
+def prm_rewards(responses, scores, refine='none', eta=0.0):
+    """The PRM's score of each step on the step's last token: raw (unbounded: repeating good steps pays), or refined by 'clip',
+    'delta' or 'clip_delta' (Gao et al. 2024). scores: for each response (n,), one score an action."""
+    values = [REFINEMENTS[refine](s[step_ends(r)], eta) for r, s in zip(responses, scores)]
+    return at_positions(responses, [step_ends(r) for r in responses], values)
+
+
+# ---- Reward models ----
+
+def load_reward_model(path, tokenizer, device, dtype=torch.float32):
+    """A trained ORM or PRM, without gradients. UserError if it has no scalar head, or was made for another tokenizer."""
+    check_same_tokenizer(load_tokenizer(path), tokenizer, f'the reward model {path} and the policy')
+    model = Transformer.from_pretrained(path, device, dtype)
+    if model.value_head is None:
+        raise UserError(f'{path} is no reward model: it has no scalar head (python rewards.py config/demo_orm.py trains one)')
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def score(model, examples, max_tokens, dtype=torch.float32):
+    """For each example (ids, n_prompt) the probability that the reward model gives to every prefix of what follows the
+    prompt: a list of (n,) fp32 on the CPU, n = len(ids) - n_prompt, the t-th one having read the t-th token."""
+    scores = [None] * len(examples)
+    for micro in micro_batches(range(len(examples)), max_tokens, lambda i: len(examples[i].ids)):
+        ids, actions = collate([examples[i] for i in micro], model.embed.weight.device)
+        with autocast(ids.device, dtype):
+            p = model.values(model.trunk(ids)[actions]).sigmoid().cpu()
+        for i, s in zip(micro, p.split([len(examples[i].ids) - examples[i].n_prompt for i in micro])):
+            scores[i] = s
+    return scores
+
+
+class Labelled(NamedTuple):
+    """A solution to learn from. labels: for each id from n_prompt on a probability, or nan where it has no label."""
+    ids: list
+    n_prompt: int
+    labels: list
+
+
+def outcome_labels(response, label_at):
+    """The ORM's labels: whether the whole solution is right, at every token or at every step's end."""
+    ends = set(step_ends(response))
+    return [float(response.correct) if label_at == 'token' or i in ends else math.nan for i in range(len(response.ids))]
+
+
+def balanced(groups, rng):
+    """groups: each question's responses. -> as many right as wrong solutions of each question, each text once; of the questions
+    that have one kind alone, a solution each, as many right ones as wrong ones."""
+    chosen, alone = [], {True: [], False: []}
+    for group in groups:
+        distinct = list({tuple(r.ids): r for r in group}.values())
+        right, wrong = [r for r in distinct if r.correct], [r for r in distinct if not r.correct]
+        n = min(len(right), len(wrong))
+        chosen += rng.sample(right, n) + rng.sample(wrong, n)
+        if distinct and not n:
+            alone[distinct[0].correct].append(distinct[0])
+    n = min(len(alone[True]), len(alone[False]))
+    return chosen + alone[True][:n] + alone[False][:n]
+
+
+def step_success(sampler, responses, rollouts, max_new_tokens, temperature, seed):
+    """For each response the share of `rollouts` samples from the end of each of its steps that reach the right answer; for the
+    last step whether the response did. Equal prefixes are sampled once, and each is prefilled once."""
+    def prefix(r, end):
+        return tuple(sampler.tokenizer.encode_prompt(prompt(r.problem.question)) + r.ids[:end + 1])
+
+    texts = {}  # prefix -> (problem, the solution so far)
+    for r in responses:
+        for end in step_ends(r)[:-1]:
+            texts[prefix(r, end)] = r.problem, sampler.tokenizer.decode(r.ids[:end + 1])
+    drawn = answer(sampler, [list(p) for p in texts], rollouts, max_new_tokens, temperature, seed=seed) if texts else []
+    share = {}
+    for i, (p, (problem, text)) in enumerate(texts.items()):
+        right = [s.finished and is_correct(text + sampler.tokenizer.decode(s.ids), problem.answer)
+                 for s in drawn[i * rollouts:(i + 1) * rollouts]]
+        share[p] = sum(right) / rollouts
+    return [[share[prefix(r, end)] for end in step_ends(r)[:-1]] + [float(r.correct)] for r in responses]
+
+
+def fit(model, rows, steps, log, *, batch_size=64, micro_tokens=16384, lr=1e-5, min_lr=1e-6, warmup=0.03, weight_decay=0.0,
+        grad_clip=1.0, seed=0, dtype=torch.float32):
+    """Trains a reward model in place on a list of Labelled (at least batch_size): binary cross-entropy, the mean over an
+    update's labels. log(step, **metrics) gets the loss. UserError if the loss is not finite."""
+    device, optimizer, per_epoch = model.embed.weight.device, make_optimizer(model, lr, weight_decay), len(rows) // batch_size
+    for step in bar(range(steps), desc='reward model'):
+        order = epoch_order(rows, batch_size, seed, step // per_epoch)  # the rest of an epoch's rows sits it out
+        batch = [rows[i] for i in order[step % per_epoch * batch_size:][:batch_size]]
+        n_labels, total = sum(not math.isnan(x) for row in batch for x in row.labels), 0.0
+        for micro in micro_batches(batch, micro_tokens):
+            ids, actions = collate(micro, device)
+            labels = torch.tensor([x for row in micro for x in row.labels], device=device)
+            known = ~labels.isnan()
+            with autocast(device, dtype):
+                logits = model.values(model.trunk(ids)[actions])
+            loss = F.binary_cross_entropy_with_logits(logits[known], labels[known], reduction='sum') / n_labels
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise UserError(f'update {step + 1}: loss {total}, gradient norm {norm}; stopped (a lower lr helps most often)')
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(step, steps, lr, min_lr, warmup)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % 20 == 0 or step + 1 == steps:
+            log(step + 1, loss=total, lr=optimizer.param_groups[0]['lr'], grad_norm=norm)
+
+
+def auroc(scores, labels):
+    """The probability that a right one scores above a wrong one, ties counting half; nan if there is but one kind."""
+    s, y = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(labels, dtype=torch.bool)
+    right, wrong = s[y], s[~y].sort().values
+    below, up_to = torch.searchsorted(wrong, right), torch.searchsorted(wrong, right, right=True)
+    return ((below + up_to).double().mean() / 2 / max(1, len(wrong))).item() if len(right) and len(wrong) else math.nan
+
+
+def calibration_error(scores, labels, bins=10):
+    """Expected calibration error: |mean score - mean label|, averaged over equal bins of the score by how many fall there."""
+    s, y = torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(labels, dtype=torch.float64)
+    bin_of = (s * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add(0, bin_of, s - y)
+    return (gap.abs().sum() / len(s)).item()
+
+
 if __name__ == '__main__':
-    override(globals())
-    for split in ('train', 'val', 'test'):
-        problems = load_problems(task, split)
-        right = sum(is_correct(completion(p.solution), p.answer) for p in problems)
-        found = [ANNOTATION.findall(p.solution) for p in problems]
-        good = sum(annotation_is_right(e) for row in found for e in row)
-        print(f'{split}: {len(problems):,} problems, {right:,} of their own answers earn reward 1; '
-              f'{sum(len(steps(p.solution)) for p in problems) / len(problems):.2f} steps a solution; '
-              f'annotations: {good:,} right, {sum(map(len, found)) - good:,} wrong, {found.count([]):,} solutions without')
+    settings = override(globals())
+    if not kind:
+        for split in ('train', 'val', 'test'):
+            problems = load_problems(task, split)
+            right = sum(is_correct(completion(p.solution), p.answer) for p in problems)
+            found = [ANNOTATION.findall(p.solution) for p in problems]
+            good = sum(annotation_is_right(e) for row in found for e in row)
+            print(f'{split}: {len(problems):,} problems, {right:,} of their own answers earn reward 1; '
+                  f'{sum(len(steps(p.solution)) for p in problems) / len(problems):.2f} steps a solution; '
+                  f'annotations: {good:,} right, {sum(map(len, found)) - good:,} wrong, {found.count([]):,} solutions without')
+        raise SystemExit
+
+    # 0. everything that can be wrong with the input, before anything is written
+    import eval as evaluation  # here alone: eval.py imports this module
+    device, dtype = setup(device, dtype, seed)
+    for name, allowed in (('kind', ('orm', 'prm')), ('label_at', ('token', 'step')), ('step_label', ('share', 'any'))):
+        if settings[name] not in allowed:
+            raise UserError(f'{name} is one of {allowed}, not {settings[name]!r}')
+    if min(k, rollouts, heldout, batch_size, micro_tokens) < 1 or temperature <= 0 or epochs <= 0:
+        raise UserError('k, rollouts, heldout, batch_size and micro_tokens must be at least 1, temperature and epochs above 0')
+    resume = init_from == 'resume'
+    if resume and not read_run(out_dir):
+        raise UserError(f'{out_dir}: there is no run to resume')
+    policy_from = read_run(out_dir)['init_from'] if resume else init_from
+    problems = load_problems(task, 'train')
+    if not 0 <= n_questions <= len(problems):
+        raise UserError(f'n_questions is from 0 (all) to {len(problems)}, the rows of {task} to train on')
+    problems, val_problems = problems[:n_questions or None], load_problems(task, 'val')[:heldout]
+    tok = load_tokenizer(policy_from)
+    sampler = Sampler(Transformer.from_pretrained(policy_from, device, dtype), tok, max_rows, dtype)
+    if base:
+        find_checkpoint(base)
+        check_same_tokenizer(load_tokenizer(base), tok, f'{base} and {policy_from}')
+    start_run(settings, resume, overwrite)
+    log = Log(out_dir, resume)
+
+    def label(problems, name):
+        """Labelled solutions of the problems: drawn and judged as they come, so that a stopped run goes on within them."""
+        def row(r, labels):
+            ids = tok.encode_prompt(prompt(r.problem.question))
+            return Labelled(ids + r.ids, len(ids), labels)
+
+        found = evaluation.explore(sampler, problems, os.path.join(out_dir, f'samples_{name}.jsonl'), k, max_new_tokens, temperature,
+                                   seed, f'{name}: sample')
+        groups = [[Response(p, '', s['ids'], step_lines(s['ids'], tok), s['finished'], s['correct']) for s in samples if s['ids']]
+                  for p, samples in zip(problems, found)]
+        if kind == 'orm':
+            responses = balanced(groups, random.Random(seed)) if balance else sum(groups, [])
+            return [row(r, outcome_labels(r, label_at)) for r in responses]
+
+        path = os.path.join(out_dir, f'labels_{name}.jsonl')  # a line a problem: of each solution each step's share of success
+        shares = read_rows(path)
+        chunk = max(1, 4 * max_rows // (3 * k * rollouts))    # problems a time: enough to fill some batches
+        progress = bar(desc=f'{name}: label', total=len(problems))
+        progress.update(len(shares))
+        with open(path, 'a') as f:
+            for start in range(len(shares), len(problems), chunk):
+                todo = groups[start:start + chunk]
+                judged = iter(step_success(sampler, sum(todo, []), rollouts, max_new_tokens, temperature, seed + 1))
+                shares += [[next(judged) for _ in group] for group in todo]
+                f.writelines(json.dumps(group) + '\n' for group in shares[start:])
+                f.flush()
+                progress.update(len(todo))
+        progress.close()
+        rows = []
+        for r, success in zip(sum(groups, []), sum(shares, [])):
+            labels = [math.nan] * len(r.ids)
+            for end, s in zip(step_ends(r), success):
+                labels[end] = s if step_label == 'share' else float(s > 0)
+            rows.append(row(r, labels))
+        return rows
+
+    # 1. samples and their labels
+    rows, val_rows = label(problems, 'train'), label(val_problems, 'val')
+    known = [x for row in rows for x in row.labels if not math.isnan(x)]
+    if len(rows) < batch_size or not val_rows or len(set(known)) < 2:
+        raise UserError(f'{len(rows)} solutions to learn from, {len(val_rows)} held out, {len(set(known))} different labels: too few; '
+                        f'a policy that is sometimes right and sometimes wrong is needed, or more of n_questions and k')
+    steps = math.ceil(epochs * (len(rows) // batch_size))
+    print(f'{len(rows):,} solutions of {len(problems):,} questions with {len(known):,} labels, mean {sum(known) / len(known):.3f}; '
+          f'{steps} updates * {batch_size} = {steps * batch_size:,} solutions; {len(val_rows):,} held out')
+
+    # 2. learn to tell them
+    model = Transformer.from_pretrained(base or policy_from, device)
+    if model.value_head is None:
+        model.add_value_head()
+    fit(model, rows, steps, log, batch_size=batch_size, micro_tokens=micro_tokens, lr=lr, min_lr=min_lr, warmup=warmup,
+        weight_decay=weight_decay, grad_clip=grad_clip, seed=seed, dtype=dtype)
+
+    # 3. how well, on the solutions of questions that it has not seen: the whole solution's score, or for the PRM each step's
+    pairs = []
+    for row, s in zip(val_rows, score(model, val_rows, micro_tokens, dtype)):
+        labels = torch.tensor(row.labels)
+        at = [len(labels) - 1] if kind == 'orm' else (~labels.isnan()).nonzero().squeeze(-1).tolist()
+        pairs += [(s[t].item(), labels[t].item()) for t in at]
+    scores, labels = zip(*pairs)
+    right = [x >= 0.5 for x in labels]
+    log(steps, heldout=len(scores), heldout_accuracy=sum((s >= 0.5) == y for s, y in zip(scores, right)) / len(scores),
+        heldout_auroc=auroc(scores, right), calibration_error=calibration_error(scores, labels),
+        mean_score=sum(scores) / len(scores), mean_label=sum(labels) / len(labels))
+    model.save_pretrained(os.path.join(out_dir, 'best'), tok)
+    print(f'reward model: {out_dir}/best')

@@ -14,14 +14,16 @@ import base64
 import hashlib
 import json
 import os
+import random
 import sys
 from collections import Counter
+from functools import cached_property
 from typing import NamedTuple
 
 import tiktoken
 import torch
+from torch.utils.checkpoint import checkpoint
 
-import rewards
 from config import UserError, bar, override
 from model import KVCache, Transformer, autocast, find_checkpoint, read_json, setup
 
@@ -50,6 +52,11 @@ class PromptEncoding:
 
     def encode_prompt(self, text):
         return self.bos + self.encode(text)
+
+    @cached_property
+    def newline_ids(self):
+        """The tokens whose text holds a line break."""
+        return frozenset(i for i in range(self.vocab_size) if '\n' in self.decode([i]))
 
     def encode_pair(self, prompt, completion):
         """(prompt ids, completion ids). The completion is what follows the prompt in the whole text's encoding, since the
@@ -167,6 +174,13 @@ def load_tokenizer(path):
         raise UserError(f'{path}: no tokenizer could be loaded ({type(error).__name__}: {reason})') from None
 
 
+def check_same_tokenizer(a, b, whose):
+    """UserError, naming `whose` tokenizers they are, if they make different ids."""
+    probe = 'Question: Tom has 3.5 apples, Ann 1,200. Why?\nAnswer: 3.5+1200=<<3.5+1200=1203.5>>1203.5 apples.\n#### 1203.5'
+    if (a.encode_prompt(probe), a.eos, a.vocab_size) != (b.encode_prompt(probe), b.eos, b.vocab_size):
+        raise UserError(f'{whose} have different tokenizers: the same ids would mean other texts')
+
+
 # -----------------------------------------------------------------------------
 # random numbers and log-probabilities
 
@@ -196,6 +210,23 @@ def token_logprobs(logits, ids, temperature=1.0):
     return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
+def action_logprobs(model, hidden, ids, temperature=1.0, with_entropy=False, chunk=1024):
+    """Log-probs of ids (N,) predicted from hidden (N, C), and the entropies of the same distributions (None unless asked
+    for); each (N,) fp32. In chunks whose logits are computed again in backward: (chunk, V) numbers live and never (N, V)."""
+    def part(hidden, ids):
+        logits = model.logits(hidden)
+        logprobs = token_logprobs(logits, ids, temperature)
+        if not with_entropy:
+            return logprobs, None
+        logp = (logits / temperature).log_softmax(-1)
+        return logprobs, -(logp.exp() * logp).sum(-1)
+
+    again = torch.is_grad_enabled() and len(ids) > chunk
+    parts = [checkpoint(part, h, i, use_reentrant=False) if again else part(h, i)
+             for h, i in zip(hidden.split(chunk), ids.split(chunk))]
+    return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts]) if with_entropy else None
+
+
 def draw(logits, u, temperature, top_k=0, top_p=1.0, vocab_size=None):
     """Next tokens (R,) from logits (R, V), by the inverse of the cumulative distribution at u (R,); argmax if temperature
     is 0. Ids from vocab_size on, which pad the embedding, are never drawn."""
@@ -216,6 +247,50 @@ def draw(logits, u, temperature, top_k=0, top_p=1.0, vocab_size=None):
     # strictly below the total, so that the token found is one at which the sum still grows: one with p > 0
     target = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, target, right=True).squeeze(-1)
+
+
+# -----------------------------------------------------------------------------
+# token sequences in batches
+
+class Example(NamedTuple):
+    """A token sequence of which the ids from n_prompt on are learned. n_prompt is at least 1: nothing predicts the first."""
+    ids: list
+    n_prompt: int
+
+
+def micro_batches(examples, max_tokens):
+    """Cuts an update's examples into lists of similar length with rows * longest <= max_tokens (one row at the least)."""
+    micros, ordered = [], sorted(examples, key=lambda e: -len(e.ids))
+    while ordered:
+        rows = max(1, max_tokens // len(ordered[0].ids))
+        micros.append(ordered[:rows])
+        ordered = ordered[rows:]
+    return micros
+
+
+def collate(examples, device):
+    """-> ids (B, T), padded with 0 on the right, and learned (B, T) bool, True from n_prompt to a row's end: from lengths,
+    since an id says nothing about padding. Causal attention keeps what stands on the right from the real tokens."""
+    longest = max(len(e.ids) for e in examples)
+    ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    learned = torch.zeros(len(examples), longest, dtype=torch.bool)
+    for row, e in enumerate(examples):
+        ids[row, :len(e.ids)] = torch.tensor(e.ids)
+        learned[row, e.n_prompt:len(e.ids)] = True
+    return ids.to(device), learned.to(device)
+
+
+def epoch_order(examples, batch_size, seed, epoch):
+    """The numbers of the examples in the order of an epoch: a permutation by (seed, epoch), in which every window of eight
+    updates is sorted by length and its updates are shuffled, so that an update's examples are of similar length."""
+    rng = random.Random(f'{seed}:{epoch}')
+    shuffled, order = rng.sample(range(len(examples)), len(examples)), []
+    for start in range(0, len(shuffled), 8 * batch_size):
+        window = sorted(shuffled[start:start + 8 * batch_size], key=lambda i: len(examples[i].ids))
+        updates = [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
+        rng.shuffle(updates)
+        order += [i for update in updates for i in update]
+    return order
 
 
 # -----------------------------------------------------------------------------
@@ -358,7 +433,18 @@ class Sampler:
         return torch.tensor([any(s in self.tokenizer.decode(row) for s in stop) for row in tail], device=self.device)
 
 
+def answer(sampler, prompts, k, max_new_tokens, temperature, **arguments):
+    """Sampler.generate, but a prompt without room for its budget in the model's context gets empty samples, which count as
+    wrong, instead of ending the run; UserError if that is every prompt."""
+    prompts = [sampler.tokenizer.encode_prompt(p) if isinstance(p, str) else p for p in prompts]
+    room = sampler.model.config.block_size - max_new_tokens
+    fitting = [p for p in prompts if len(p) <= room] or prompts[:1]  # none: let the sampler say why
+    drawn = iter(sampler.generate(fitting, k, max_new_tokens, temperature, **arguments))
+    return [next(drawn) if len(p) <= room else Sample(p, [], [], False) for p in prompts for _ in range(k)]
+
+
 if __name__ == '__main__':
+    import rewards  # here alone, for the prompt: rewards.py imports this module
     override(globals())
     if not init_from:
         raise UserError('which checkpoint? --init_from=out/demo_sft')

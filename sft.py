@@ -11,9 +11,7 @@ $ python sft.py --task=gsm8k --init_from=HuggingFaceTB/SmolLM2-135M --out_dir=ou
 import json
 import math
 import os
-import random
 import time
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +19,8 @@ import torch.nn.functional as F
 import eval as evaluation
 import rewards
 from config import Log, UserError, bar, override, read_run, start_run
-from model import FAMILIES, ModelConfig, Transformer, autocast, load_state, make_optimizer, save_state, setup
-from sample import Sampler, learn_bpe, load_tokenizer
+from model import ModelConfig, Transformer, autocast, learning_rate, load_state, make_optimizer, save_state, setup
+from sample import Example, Sampler, collate, epoch_order, learn_bpe, load_tokenizer, micro_batches
 
 # -----------------------------------------------------------------------------
 # data
@@ -64,12 +62,6 @@ compile = 'auto'          # 'on', 'off', or 'auto': on CUDA only, since on a CPU
 # -----------------------------------------------------------------------------
 
 
-class Example(NamedTuple):
-    """A token sequence of which the ids from n_prompt on are learned. n_prompt is at least 1: nothing predicts the first."""
-    ids: list
-    n_prompt: int
-
-
 def solution_examples(problems, tokenizer):
     """Question -> worked solution and EOS."""
     examples = []
@@ -99,27 +91,11 @@ def load_texts(path):
     return texts
 
 
-def micro_batches(examples, max_tokens):
-    """Cuts an update's examples into lists of similar length with rows * longest <= max_tokens (one row at the least)."""
-    micros, ordered = [], sorted(examples, key=lambda e: -len(e.ids))
-    while ordered:
-        rows = max(1, max_tokens // len(ordered[0].ids))
-        micros.append(ordered[:rows])
-        ordered = ordered[rows:]
-    return micros
-
-
 def loss_sum(model, examples, trunk=None):
     """Summed cross-entropy of the learned tokens, a scalar. Padding stands on the right, where causal attention keeps it
     from the real tokens, and the output projection is computed for the positions with a loss alone. trunk: model.trunk, or
     a compiled form of it."""
-    device, longest = model.embed.weight.device, max(len(e.ids) for e in examples)
-    ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    learned = torch.zeros(len(examples), longest, dtype=torch.bool)  # from lengths: an id says nothing about padding
-    for row, e in enumerate(examples):
-        ids[row, :len(e.ids)] = torch.tensor(e.ids)
-        learned[row, e.n_prompt:len(e.ids)] = True
-    ids, learned = ids.to(device), learned.to(device)
+    ids, learned = collate(examples, model.embed.weight.device)
     hidden = (trunk or model.trunk)(ids[:, :-1])              # (B, T - 1, C): position t predicts token t + 1
     logits = model.logits(hidden[learned[:, 1:]])             # (learned tokens, V)
     return F.cross_entropy(logits, ids[:, 1:][learned[:, 1:]], reduction='sum')
@@ -134,28 +110,6 @@ def mean_loss(model, examples, max_tokens, device, dtype):
     """Validation loss: nats a learned token."""
     with autocast(device, dtype):
         return sum(loss_sum(model, micro).item() for micro in micro_batches(examples, max_tokens)) / n_learned(examples)
-
-
-def learning_rate(step, steps, lr, min_lr, warmup):
-    """Linear warm-up over the first share `warmup` of the updates, then a cosine from lr to min_lr at the last one."""
-    n_warmup = int(warmup * steps)
-    if step < n_warmup:
-        return lr * (step + 1) / n_warmup
-    progress = (step - n_warmup) / max(1, steps - 1 - n_warmup)
-    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
-
-
-def epoch_order(examples, batch_size, seed, epoch):
-    """The numbers of the examples in the order of an epoch: a permutation by (seed, epoch), in which every window of eight
-    updates is sorted by length and its updates are shuffled, so that an update's examples are of similar length."""
-    rng = random.Random(f'{seed}:{epoch}')
-    shuffled, order = rng.sample(range(len(examples)), len(examples)), []
-    for start in range(0, len(shuffled), 8 * batch_size):
-        window = sorted(shuffled[start:start + 8 * batch_size], key=lambda i: len(examples[i].ids))
-        updates = [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
-        rng.shuffle(updates)
-        order += [i for update in updates for i in update]
-    return order
 
 
 def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_tokens=16384, lr=2e-5, min_lr=2e-7, warmup=0.03,

@@ -230,6 +230,21 @@ def read_run(out_dir):
     return config if isinstance(config, dict) and '_commands' in config else {}
 
 
+def read_rows(path):
+    """The rows of a .jsonl file that a run writes as they come; [] if there is none. A last line that a crash tore is cut off
+    the file, so that what is appended next stands on a line of its own."""
+    if not os.path.exists(path):
+        return []
+    with open(path, 'rb+') as f:
+        lines = f.read().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b'\n'):
+            f.truncate(f.tell() - len(lines.pop()))
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f'{path}: a line is not JSON ({error}); start with --overwrite') from None
+
+
 def remove_run(out_dir, found, settings):
     """Empties a run's folder; UserError if it holds another run, what a setting names, or the current folder."""
     root = os.path.realpath(out_dir)

@@ -7,13 +7,14 @@ from conftest import loud, tiny_config
 from test_sft import TINY, problem, task  # noqa: F401 (task is a fixture)
 
 from config import UserError
-from ei import explore, select, solution_key
+from ei import select, solution_key
+from eval import explore
 from model import Transformer
 from sample import Sampler
 
 
 def record(text, correct=True, **more):
-    return {'text': text, 'correct': correct, 'finished': True, 'answer': '3', 'tokens': 3, 'ids': [1, 2, 3]} | more
+    return {'text': text, 'correct': correct, 'return': float(correct), 'finished': True, 'answer': '3', 'tokens': 3, 'ids': [1, 2, 3]} | more
 
 
 A, A2, B, C = '<<1+2=3>> so 3', 'it is <<1+2=3>>3', '<<2+1=3>>3', '<<4-1=3>>3'

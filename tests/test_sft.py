@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-import transformers
+from transformers.loss.loss_utils import ForCausalLMLoss
 from conftest import loud, tiny_config
 
 import rewards
@@ -35,7 +35,7 @@ def test_solution_and_eos_are_learned_and_the_question_is_not(bpe, examples):
     # transformers' loss with the prompt labelled -100 is the oracle
     model = new_model(bpe)
     labels = torch.tensor([[-100] * e.n_prompt + e.ids[e.n_prompt:]])
-    expected = transformers.loss.loss_utils.ForCausalLMLoss(model(torch.tensor([e.ids])), labels, model.config.vocab_size)
+    expected = ForCausalLMLoss(model(torch.tensor([e.ids])), labels, model.config.vocab_size)
     torch.testing.assert_close(loss_sum(model, [e]) / n_learned([e]), expected)
 
 
