@@ -258,13 +258,14 @@ class Example(NamedTuple):
     n_prompt: int
 
 
-def micro_batches(examples, max_tokens):
-    """Cuts an update's examples into lists of similar length with rows * longest <= max_tokens (one row at the least)."""
-    micros, ordered = [], sorted(examples, key=lambda e: -len(e.ids))
+def micro_batches(rows, max_tokens, length=lambda e: len(e.ids)):
+    """Cuts an update's rows (examples, or whatever `length` gives a length of) into lists of similar length, the longest first,
+    with rows * longest <= max_tokens (one row at the least)."""
+    micros, ordered = [], sorted(rows, key=lambda row: -length(row))
     while ordered:
-        rows = max(1, max_tokens // len(ordered[0].ids))
-        micros.append(ordered[:rows])
-        ordered = ordered[rows:]
+        n = max(1, max_tokens // length(ordered[0]))
+        micros.append(ordered[:n])
+        ordered = ordered[n:]
     return micros
 
 

@@ -58,7 +58,8 @@ def model(request, bpe):
     return loud(Transformer(tiny_config(bpe.vocab_size + 7, **(GPT2 if request.param == 'gpt2' else {}))))
 
 
-torch.set_num_threads(2)
+THREADS = os.environ.get('OMP_NUM_THREADS', '2')
+torch.set_num_threads(int(THREADS))
 
 
 @pytest.fixture
@@ -66,7 +67,32 @@ def script():
     """script('sft.py', flags ..., code=0) runs a script as a user would and checks its exit code."""
     def run(*command, code=0):
         done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
-                              env=os.environ | {'OMP_NUM_THREADS': '2'})
+                              env=os.environ | {'OMP_NUM_THREADS': THREADS})
         assert done.returncode == code, f'{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}'
         return done
     return run
+
+
+@pytest.fixture(scope='session')
+def coin(tmp_path_factory):
+    """A task whose every answer is 2, and a policy that learned to answer 2 and 3 equally often: a coin that RL can load.
+    A solution is a step, '1+1=<<1+1=2>>2' or '1+2=<<1+2=3>>3', and the answer that follows from it. -> the folder, with
+    task/ and policy/."""
+    import json
+
+    from rewards import Problem
+    from sft import finetune, solution_examples
+    folder = tmp_path_factory.mktemp('coin')
+    (folder / 'task').mkdir()
+
+    def row(i, x):
+        return Problem(f'What is number {i}?', f'1+{x}=<<1+{x}={1 + x}>>{1 + x}\n#### {1 + x}', str(1 + x))
+    for split, n in (('train', 320), ('test', 16)):
+        rows = [row(i, 1) for i in range(n)]
+        (folder / 'task' / f'{split}.jsonl').write_text(''.join(json.dumps({'question': p.question, 'answer': p.solution}) + '\n' for p in rows))
+    tokenizer = learn_bpe([f'{p.question}\n{p.solution}' for p in (row(1, 1), row(2, 2))], 20)
+    torch.manual_seed(0)
+    policy = Transformer(tiny_config(tokenizer.vocab_size, block_size=128)).init_weights()
+    finetune(policy, solution_examples([row(i, x) for i in range(64) for x in (1, 2)], tokenizer), max_steps=120, batch_size=32, lr=5e-3, min_lr=1e-4)
+    policy.save_pretrained(str(folder / 'policy'), tokenizer)
+    return folder

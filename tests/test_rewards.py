@@ -1,16 +1,21 @@
 """Problems, prompts, the answer check, steps and equations, on texts made here."""
 import json
+import math
 import os
+import random
 import subprocess
 import sys
 from fractions import Fraction
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, loud, tiny_config
 
 import rewards
 from config import UserError
-from rewards import Problem, equations, extract_answer, is_correct, steps
+from model import Transformer
+from rewards import Labelled, Problem, clip_rewards, delta_rewards, equations, extract_answer, is_correct, respond, step_lines, steps
+from sample import Example, Sample, bpe_tokenizer
 
 # ---- the answer check: text -> answer ----
 TABLE = [
@@ -246,3 +251,279 @@ def test_the_script_counts(tmp_path):
     assert 'test: 5 problems, 5 of their own answers earn reward 1; 1.00 steps a solution' in done.stdout
     done = subprocess.run(run + [f'--task={tmp_path / "nothing"}'], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith('error: no ') and done.stderr.count('\n') == 1
+
+
+# ---- rewards on tokens ----
+
+REFERENCE = Problem('q', 'a <<1+2=3>>\nb <<3*4=12>>\nc <<12-2=10>>\n#### 10', '10')
+
+
+def response(bpe, text, problem=REFERENCE, finished=True, prefix=''):
+    sample = Sample([1], bpe.encode(text) + [bpe.eos] * finished, [], finished)
+    return respond(problem, sample, bpe, prefix)
+
+
+def earned(bpe, r, rewards_row):
+    """[(text of the step, what its last token earns)]; every other token earns nothing."""
+    assert rewards_row.sum().item() == pytest.approx(sum(rewards_row[end].item() for end, _ in r.lines))
+    return [(line, round(rewards_row[end].item(), 4)) for end, line in r.lines]
+
+
+def test_lines_of_sampled_ids(bpe):
+    def found(text, eos=True):
+        ids = bpe.encode(text) + [bpe.eos] * eos
+        lines = step_lines(ids, bpe)
+        assert lines[-1][0] == len(ids) - 1  # the last step's reward is the last action's, EOS or not
+        for end, line in lines[:-1]:
+            assert bpe.decode(ids[end:end + 1]).endswith('\n') and bpe.decode(ids[:end + 1]).strip().endswith(line)
+        return [line for _, line in lines]
+    assert found(' a\nb 1+1=2\n#### 2') == ['a', 'b 1+1=2', '#### 2'] == found(' a\nb 1+1=2\n#### 2', eos=False)
+    assert found('\n\na\n \n\nb') == ['a', 'b'] and found('a\n') == ['a'] and found('a\n\n\n') == ['a']
+    assert found('') == [''] and found('\n\n') == ['']
+
+
+def test_lines_where_one_token_holds_two_breaks():
+    tokenizer = bpe_tokenizer([bytes([b]) for b in range(256)] + [b'\n\n', b'.\n'])
+    ids = [*b'ab', 257, *b'cd', 256, *b'e']
+    assert tokenizer.decode(ids) == 'ab.\ncd\n\ne' and tokenizer.newline_ids == {10, 256, 257}
+    assert step_lines(ids, tokenizer) == [(2, 'ab.'), (5, 'cd'), (6, 'e')]
+
+
+def test_the_sparse_reward_stands_on_the_last_action(bpe):
+    rs = [response(bpe, ' a\n#### 10'), response(bpe, ' ab\n#### 11'), response(bpe, ' long #### 10', finished=False)]
+    assert [r.correct for r in rs] == [True, False, False]
+    found = rewards.sparse_rewards(rs, 1.0, -0.5, -2.0)
+    assert found.shape == (3, max(len(r.ids) for r in rs))
+    for row, r, value in zip(found, rs, (1.0, -0.5, -2.0)):
+        assert row[len(r.ids) - 1] == value and row.count_nonzero() == 1
+    assert rs[0].ids[-1] == bpe.eos != rs[2].ids[-1]
+
+
+@pytest.mark.parametrize('text, expected', [
+    (' a <<1+2=3>>\nb <<3*4=12>>\nc <<12-2=10>>\n#### 10', [1, 1, 1, 0]),
+    (' b <<3*4=12>>\na <<1+2=3>>\nb <<3*4=12>>\n#### 10', [0, 1, 1, 0]),            # the next unmatched one, not any
+    (' a <<1+2=3>>\na <<1+2=3>>\na <<1+2=3>>\n#### 10', [1, 0, 0, 0]),              # a repeated step earns nothing
+    (' x <<7+7=14>>\na <<2+1=3.0>>\n\n#### 10', [0, 1, 0]),                         # irrelevant; another way to 3; a blank line
+    (' <<1+2=3>> and <<3*4=12>>\n#### 10', [2, 0]),
+    (' 1 + 2 = 3\nthen 3 x 4 = 12', [1, 1]), (' no numbers\n#### 10', [0, 0])])
+def test_dense_heuristic(bpe, text, expected):
+    r = response(bpe, text)
+    assert [x for _, x in earned(bpe, r, rewards.dense_rewards([r])[0])] == pytest.approx([x / 3 for x in expected], abs=1e-4)
+
+
+def test_dense_heuristic_pays_nothing_for_what_was_given(bpe):
+    r = response(bpe, 'b <<3*4=12>>\nc <<12-2=10>>\n#### 10', prefix='a <<1+2=3>>\n')
+    assert r.correct and rewards.dense_rewards([r])[0].sum().item() == pytest.approx(2 / 3)
+    assert not rewards.dense_rewards([response(bpe, ' <<1+2=3>>\n#### 10', Problem('q', 'no equation\n#### 10', '10'))]).any()
+
+
+def returns(r):
+    return r.flip(0).cumsum(0).flip(0)
+
+
+@pytest.mark.parametrize('K', [1, 2, 3, 7])
+def test_clip_and_delta_by_their_identities(K):
+    r = torch.rand(K, generator=torch.Generator().manual_seed(K))
+    clipped, delta, both = clip_rewards(r, 0.6), delta_rewards(r), delta_rewards(clip_rewards(r, 0.6))
+    assert torch.allclose(clipped, torch.tensor([min(x - 0.6, 0.0) for x in r.tolist()])) and (returns(clipped) <= 0).all()
+    assert delta[-1] == 0 == both[-1]
+    # with gamma = 1 the return from step k is its own score, and nothing at the answer
+    assert torch.allclose(returns(delta), torch.cat([r[:-1], torch.zeros(1)]), atol=1e-6)
+    assert torch.allclose(returns(both), torch.cat([clipped[:-1], torch.zeros(1)]), atol=1e-6) and (returns(both) <= 1e-6).all()
+
+
+def test_clip_and_delta_by_hand():
+    r = torch.tensor([0.9, 0.2, 0.7, 0.4])
+    assert clip_rewards(r, 0.5).tolist() == pytest.approx([0, -0.3, 0, -0.1])
+    assert delta_rewards(r).tolist() == pytest.approx([0.7, -0.5, 0.7, 0])
+    assert delta_rewards(clip_rewards(r, 0.5)).tolist() == pytest.approx([0.3, -0.3, 0, 0], abs=1e-6)
+
+
+ATTACKS = {'the same right step again and again': lambda n: ' a <<1+2=3>>\n' + 'a <<1+2=3>>\n' * n + 'b <<3*4=12>>\n#### 10',
+           'empty steps': lambda n: ' a <<1+2=3>>\n' + '\n \n' * n + 'b <<3*4=12>>\n#### 10',
+           'many tiny steps': lambda n: ' a <<1+2=3>>\n' + 'so\n' * n + 'b <<3*4=12>>\n#### 10'}
+
+
+@pytest.mark.parametrize('attack', ATTACKS)
+def test_needless_steps_raise_the_raw_prm_sum_and_no_other_return(bpe, attack):
+    rs = [response(bpe, ATTACKS[attack](n)) for n in (0, 1, 5, 20)]
+    scores = [torch.full((len(r.ids),), 0.9) for r in rs]  # a PRM that likes every step, as one that is hacked does
+
+    def total(found):
+        return found.sum(1).tolist()
+    raw = total(rewards.prm_rewards(rs, scores, 'none'))
+    if attack == 'empty steps':  # a blank line is no step, for any reward
+        assert raw == pytest.approx([raw[0]] * 4)
+    else:
+        assert raw == pytest.approx([0.9 * (3 + n) for n in (0, 1, 5, 20)])
+        assert total(rewards.orm_dense_rewards(rs, scores)) == pytest.approx(raw)
+    for found in (rewards.dense_rewards(rs), rewards.orm_rewards(rs, scores), rewards.sparse_rewards(rs),
+                  *(rewards.prm_rewards(rs, scores, refine, eta) for refine in ('clip', 'delta', 'clip_delta') for eta in (0.5, 0.95))):
+        assert all(x <= total(found)[0] + 1e-5 for x in total(found))
+
+
+def test_learned_rewards_stand_where_they_were_scored(bpe):
+    rs = [response(bpe, ' a\nb\n#### 10'), response(bpe, ' a')]
+    scores = [torch.arange(len(r.ids)) / 100 for r in rs]
+    assert [x for _, x in earned(bpe, rs[0], rewards.prm_rewards(rs, scores)[0])] == pytest.approx([end / 100 for end, _ in rs[0].lines])
+    sparse = rewards.orm_rewards(rs, scores)
+    assert sparse[1, len(rs[1].ids) - 1] == scores[1][-1] and sparse[1].count_nonzero() == 1
+
+
+# ---- reward models ----
+
+def scored_rows(bpe):
+    texts = [(' a <<1+2=3>>\n#### 3', 5), (' #### 17', 2), (' b\nc\nd\n#### 2', 9)]
+    return [Example([3] * n + bpe.encode(t) + [bpe.eos], n) for t, n in texts]
+
+
+def test_scores_are_the_heads_probability_after_each_token(model, bpe):
+    judge = Transformer(model.config)
+    judge.load_state_dict(model.state_dict())
+    loud(judge.add_value_head(), 3)
+    rows = scored_rows(bpe)
+    for max_tokens in (10, 1000):  # in whatever batches, a row's scores are its own
+        for e, found in zip(rows, rewards.score(judge, rows, max_tokens)):
+            hidden = judge.trunk(torch.tensor([e.ids]))[0]
+            expected = [judge.value_head(hidden[t]).sigmoid().item() for t in range(e.n_prompt, len(e.ids))]
+            assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_outcome_labels(bpe):
+    r = response(bpe, ' a\nb\n#### 10')
+    assert rewards.outcome_labels(r, 'token') == [1.0] * len(r.ids)
+    labels = rewards.outcome_labels(r, 'step')
+    assert [i for i, x in enumerate(labels) if x == 1.0] == [end for end, _ in r.lines] and sum(map(math.isnan, labels)) == len(r.ids) - 3
+
+
+def test_balanced(bpe):
+    right, wrong = ([response(bpe, f' {i}\n#### {answer}') for i in range(4)] for answer in (10, 11))
+    rng = random.Random(0)
+    found = rewards.balanced([right[:3] + wrong[:1] + right[:1]], rng)
+    assert sorted(r.correct for r in found) == [False, True]
+    found = rewards.balanced([right[:2], right[2:], wrong[:3]], rng)  # each question has one kind alone
+    assert sorted(r.correct for r in found) == [False, True]
+    assert rewards.balanced([right, [], [right[0]]], rng) == []
+
+
+class OneInFour:
+    """A policy of known success: of four samples from a prefix the first is right, unless the prefix says 'lost'."""
+    def __init__(self, tokenizer):
+        from types import SimpleNamespace
+        self.tokenizer, self.asked = tokenizer, []
+        self.model = SimpleNamespace(config=SimpleNamespace(block_size=1000))
+
+    def generate(self, prompts, k, max_new_tokens, temperature, seed):
+        self.asked += [self.tokenizer.decode(p) for p in prompts]
+        lost = ['lost' in self.tokenizer.decode(p) for p in prompts]
+        return [Sample(p, self.tokenizer.encode('#### 10' if j % 4 == 0 and not bad else '#### 9') + [self.tokenizer.eos], [], True)
+                for p, bad in zip(prompts, lost) for j in range(k)]
+
+
+def test_step_labels_against_a_policy_of_known_success(bpe):
+    sampler = OneInFour(bpe)
+    rs = [response(bpe, ' a\nb\n#### 10'), response(bpe, ' a\nlost\n#### 9'), response(bpe, ' #### 10'), response(bpe, ' a\nb\n#### 9')]
+    assert rewards.step_success(sampler, rs, 8, 20, 1.0, 0) == [[0.25, 0.25, 1.0], [0.25, 0.0, 0.0], [1.0], [0.25, 0.25, 0.0]]
+    assert len(sampler.asked) == 3 and sampler.asked[0].endswith('Answer: a\n')  # a, a b, a lost: each once
+
+
+def test_auroc_against_all_pairs_and_calibration():
+    generator = torch.Generator().manual_seed(0)
+    scores = (torch.rand(60, generator=generator) * 10).round() / 10  # with ties
+    labels = torch.rand(60, generator=generator) < scores
+    pairs = [(s > t) + (s == t) / 2 for s, y in zip(scores, labels) for t, z in zip(scores, labels) if y and not z]
+    assert rewards.auroc(scores.tolist(), labels.tolist()) == pytest.approx(sum(x.item() for x in pairs) / len(pairs))
+    assert rewards.auroc([0.1, 0.9], [False, True]) == 1 and math.isnan(rewards.auroc([0.1, 0.9], [True, True]))
+    # two bins: two scores of .05 and one right; three of .95, all right
+    assert rewards.calibration_error([0.05, 0.05, 0.95, 0.95, 0.95], [1, 0, 1, 1, 1]) == pytest.approx((abs(0.1 - 1) + abs(2.85 - 3)) / 5)
+
+
+def test_fit_learns_labels_and_skips_positions_without(bpe):
+    judge = loud(Transformer(tiny_config(bpe.vocab_size)).add_value_head())
+    # the label is whether the token is 7; where there is no label, the truth is turned round: learning there would show
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(64):
+        ids = [1] + torch.randint(5, 9, (12,), generator=generator).tolist()
+        rows.append(Labelled(ids, 1, [float(t == 7) if i % 2 else math.nan for i, t in enumerate(ids[1:])]))
+    losses = []
+    rewards.fit(judge, rows, 60, lambda step, **metrics: losses.append(metrics['loss']), batch_size=16, lr=1e-2, micro_tokens=50)
+    assert losses[-1] < 0.1
+    found = rewards.score(judge, rows[:8], 1000)
+    assert all((s > 0.5).tolist() == [t == 7 for t in row.ids[1:]] for s, row in zip(found, rows))
+
+
+MODELS = ['--k=6', '--n_questions=40', '--max_new_tokens=40', '--heldout=16', '--batch_size=16', '--lr=3e-3', '--device=cpu', '--rollouts=4', '--epochs=6']
+
+
+@pytest.fixture(scope='module')
+def judges(coin, tmp_path_factory):
+    """An ORM and a PRM for the coin's policy. -> the folder, with orm/ and prm/."""
+    folder = tmp_path_factory.mktemp('judges')
+    for kind in ('orm', 'prm'):
+        subprocess.run([sys.executable, 'rewards.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--kind={kind}', f'--out_dir={folder}/{kind}',
+                        *MODELS], cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize('kind', ['orm', 'prm'])
+def test_reward_models_know_right_from_wrong(judges, kind):
+    last = [json.loads(line) for line in open(judges / kind / 'log.jsonl')][-1]
+    assert last['heldout_auroc'] > 0.95 and last['heldout_accuracy'] > 0.9 and last['calibration_error'] < 0.2
+
+
+def test_labelling_goes_on_where_it_stopped(coin, judges, script, tmp_path):
+    import shutil
+    shutil.copytree(judges / 'prm', tmp_path / 'prm')
+    for name in ('samples_train.jsonl', 'labels_train.jsonl'):
+        whole = (judges / 'prm' / name).read_text()
+        (tmp_path / 'prm' / name).write_text(whole[:len(whole) // 2])
+    shutil.rmtree(tmp_path / 'prm' / 'best')
+    script('rewards.py', f'--task={coin}/task', '--kind=prm', f'--out_dir={tmp_path}/prm', *MODELS, '--init_from=resume')
+    for name in ('samples_train.jsonl', 'labels_train.jsonl', 'best/model.safetensors', 'best/value_head.safetensors'):
+        assert (judges / 'prm' / name).read_bytes() == (tmp_path / 'prm' / name).read_bytes(), name
+
+
+def test_bad_input_to_reward_model_training(coin, script, tmp_path):
+    def refused(*flags, match):
+        done = script('rewards.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--out_dir={tmp_path}/run', *MODELS, *flags, code=2)
+        assert match in done.stderr and done.stderr.strip().count('\n') == 0, done.stderr
+    refused('--kind=judge', match="not 'judge'")
+    refused('--kind=orm', '--label_at=end', match="not 'end'")
+    refused('--kind=prm', '--rollouts=0', match='rollouts')
+    refused('--kind=orm', '--n_questions=1000', match='n_questions')
+    refused('--kind=orm', f'--base={tmp_path}/no/base', match='no/base')
+    assert not (tmp_path / 'run').exists()
+    refused('--kind=orm', '--n_questions=2', '--k=1', match='too few')
+
+
+REWARDS = {'sparse': [], 'dense': [], 'orm': ['orm'], 'orm_dense': ['orm'], 'prm': ['prm'], 'prm --refine=clip_delta --eta_quantile=0.5': ['prm']}
+
+
+@pytest.mark.parametrize('reward', REWARDS)
+def test_every_reward_moves_itself_up(coin, judges, script, tmp_path, reward):
+    """From the reward alone, without the sparse one beside it (but for the sparse one itself)."""
+    flags = [f'--reward_model={judges}/{kind}' for kind in REWARDS[reward]] + ['--reward_right=0'] * (reward != 'sparse')
+    script('ppo.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--out_dir={tmp_path}/run', *f'--reward={reward}'.split(), *flags,
+           '--max_new_tokens=40', '--n_rollouts=64', '--minibatch=16', '--epochs=2', '--n_iterations=8', '--lr=3e-3', '--temperature=1.0',
+           '--eval_problems=16', '--device=cpu', '--show=0')
+    rows = [row for row in map(json.loads, open(tmp_path / 'run' / 'log.jsonl')) if 'share_correct' in row]
+    gained = [row['reward_outcome'] + row['reward_shaped'] for row in rows]
+    assert gained[-1] > gained[0] + 0.1
+    if 'dense' not in reward and reward != 'prm':  # sums of scores can grow by more steps instead of better ones
+        assert rows[-1]['share_correct'] > 0.9
+
+
+def test_rerank_and_the_orm_as_a_filter(coin, judges, script, tmp_path):
+    """Reranking by the ORM solves what the vote of a fair coin does not; and Expert Iteration can filter by the ORM."""
+    done = script('eval.py', f'--init_from={coin}/policy', f'--scorer={judges}/orm', f'--task={coin}/task', f'--out_dir={tmp_path}', '--k=6',
+                  '--temperature=1', '--max_new_tokens=40', '--device=cpu')
+    assert 'rerank@6' in done.stdout and 'weighted@6' in done.stdout
+    metrics = json.loads((tmp_path / 'eval_task.json').read_text())['metrics']
+    assert metrics['rerank@6'][0] == metrics['pass@6'][0] > metrics['maj@6'][0] + 0.1 and metrics['weighted@6'][0] > metrics['maj@6'][0]
+    ei = ['ei.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--base={coin}/policy', '--n_rounds=1', '--k=4', '--n_questions=20',
+          '--include_sft=False', '--max_new_tokens=40', '--max_steps=1', '--lr=1e-9', '--device=cpu', '--eval_problems=8']
+    script(*ei, f'--out_dir={tmp_path}/ei', '--reward=orm', f'--reward_model={judges}/orm', '--tau=0.5')
+    row = [row for row in map(json.loads, open(tmp_path / 'ei' / 'log.jsonl')) if 'new_right' in row][0]
+    assert row['new_right'] > 0.9 and row['new_solutions'] >= 10 and row['share_correct'] < 0.8
+    assert 'reward_model' in script(*ei, f'--out_dir={tmp_path}/no', '--reward=orm', code=2).stderr

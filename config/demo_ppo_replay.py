@@ -1,0 +1,6 @@
+# Prioritised level replay: half of the questions are drawn again, by how far advantages were off 0 and how long that is ago.
+# $ python ppo.py config/demo_ppo_replay.py      (after config/demo_sft.py)
+from config.demo_ppo import *
+
+out_dir = 'out/demo_ppo_replay'
+replay = 0.5

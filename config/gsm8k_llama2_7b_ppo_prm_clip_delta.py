@@ -1,0 +1,10 @@
+# gsm8k_llama2_7b_ppo_sparse with a process reward, clipped and then as a difference (Gao et al. 2024), beside the sparse one.
+# $ python rewards.py config/gsm8k_llama2_7b_prm.py && python ppo.py config/gsm8k_llama2_7b_ppo_prm_clip_delta.py
+# Not run: it needs a GPU and the model hub.
+from config.gsm8k_llama2_7b_ppo_sparse import *
+
+out_dir = 'out/gsm8k_llama2_7b_ppo_prm_clip_delta'
+reward = 'prm'
+reward_model = 'out/gsm8k_llama2_7b_prm'
+refine = 'clip_delta'
+eta_quantile = 0.4          # the better 60% of steps get 0

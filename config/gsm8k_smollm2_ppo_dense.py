@@ -1,0 +1,7 @@
+# gsm8k_smollm2_ppo_sparse with the heuristic dense reward beside the sparse one.
+# $ python ppo.py config/gsm8k_smollm2_ppo_dense.py      (after config/gsm8k_smollm2_sft.py)
+# Not run: it needs a GPU and the model hub.
+from config.gsm8k_smollm2_ppo_sparse import *
+
+out_dir = 'out/gsm8k_smollm2_ppo_dense'
+reward = 'dense'

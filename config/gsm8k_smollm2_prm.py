@@ -1,0 +1,16 @@
+# The process reward model for the SFT policy of gsm8k_smollm2_sft.
+# $ python rewards.py config/gsm8k_smollm2_prm.py
+# Hardware: one GPU of 8 GB or more; 3,000 questions * 2 solutions * about 4 steps * 8 = 190,000 samples.
+# Not run: it needs a GPU and the model hub.
+task = 'gsm8k'
+kind = 'prm'
+init_from = 'out/gsm8k_smollm2_sft'
+out_dir = 'out/gsm8k_smollm2_prm'
+n_questions = 3000
+k = 2
+rollouts = 8
+max_rows = 512
+epochs = 2.0
+batch_size = 64
+lr = 5e-5
+min_lr = 1e-6
