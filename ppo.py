@@ -61,6 +61,7 @@ advantage = 'gae'         # 'gae', or 'group': return minus the mean of the ques
 gamma = 1.0
 lam = 0.95
 critic = 'shared'         # 'shared': a scalar head on the policy's trunk; 'separate': a transformer of its own
+critic_from = ''          # the weights that a separate critic starts from, e.g. an ORM, which knows what leads where; '': the policy's
 value_warmup = 0          # iterations at the start in which the value function alone learns
 # exploration aids
 backtrack = 0.0           # share of questions that start after a random part of the reference solution ...
@@ -268,6 +269,8 @@ if __name__ == '__main__':
     reference = Transformer.from_pretrained(ref or policy_from, device, dtype).requires_grad_(False)
     if ref:
         check_same_tokenizer(load_tokenizer(ref), tok, f'ref = {ref} and {policy_from}')
+    if critic_from:
+        check_same_tokenizer(load_tokenizer(critic_from), tok, f'critic_from = {critic_from} and {policy_from}')
     scorer = rewards.load_reward_model(reward_model, tok, device, dtype) if learned else None
     problems = rewards.load_problems(task, 'train')
     if not 0 <= n_questions <= len(problems):
@@ -287,7 +290,7 @@ if __name__ == '__main__':
     elif critic == 'shared':
         value_model = policy if policy.value_head is not None and resume else policy.add_value_head()
     else:
-        value_model = Transformer.from_pretrained(policy_from, device).add_value_head()
+        value_model = Transformer.from_pretrained(critic_from or policy_from, device).add_value_head()
     separate = value_model not in (None, policy)
     optimizer = make_optimizer(policy, lr, weight_decay)
     for group in make_optimizer(value_model, critic_lr, weight_decay).param_groups if separate else []:

@@ -542,3 +542,14 @@ def test_bar(monkeypatch, tmp_path, capsys, terminal):
     assert all((part in shown) == terminal for part in ('train', 'sample', '/5'))
     assert shown.endswith('\r') if terminal else shown == ''  # the line is left empty
     assert capsys.readouterr().out == 'step 0\nstep 1\nstep 2\n'
+
+
+def test_read_rows(tmp_path):
+    path = tmp_path / 'rows.jsonl'
+    assert config.read_rows(str(path)) == [] and not path.exists()
+    path.write_text('{"a": 1}\n{"b": 2}\n{"c"')  # a crash tore the last line
+    assert config.read_rows(str(path)) == [{'a': 1}, {'b': 2}]
+    assert path.read_text() == '{"a": 1}\n{"b": 2}\n'
+    path.write_text('{"a": 1}\nno json\n')
+    with pytest.raises(config.UserError, match='rows.jsonl'):
+        config.read_rows(str(path))

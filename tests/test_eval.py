@@ -7,7 +7,7 @@ from conftest import loud, tiny_config
 
 import eval as evaluation
 from config import UserError
-from eval import judge, maj_at_k, markdown_table, pass_at_k, read_records, rerank_at_k, summarize, unique_equations
+from eval import judge, maj_at_k, markdown_table, pass_at_k, read_records, rerank_at_k, summarize, unique_equations, weighted_at_k, with_scores
 from model import Transformer
 from rewards import Problem
 from sample import Sample, Sampler
@@ -48,6 +48,21 @@ def test_rerank_at_k():
     assert rerank_at_k([0.9, 0.9], [True, False]) == 1.0  # a tie: the first
 
 
+def test_weighted_at_k():
+    assert weighted_at_k(['5', '7', '7'], [0.9, 0.3, 0.3], [True, False, False]) == 1.0  # the sum of scores, not of samples
+    assert weighted_at_k(['5', '7', '7'], [0.5, 0.3, 0.3], [True, False, False]) == 0.0
+    assert weighted_at_k([None, '5'], [0.9, 0.1], [False, True]) == 1.0 and weighted_at_k([None], [1.0], [False]) == 0.0
+    answers, right = ['5', '7', None, '7', '5'], [True, False, False, False, True]
+    assert weighted_at_k(answers, [1.0] * 5, right) == maj_at_k(answers, right)  # equal scores: the plain vote, ties alike
+
+
+def test_a_sample_without_an_answer_never_wins_by_its_score():
+    import torch
+    records = [sample_record('5'), sample_record(None), sample_record('5', finished=False)]
+    scored = with_scores(records, [torch.tensor([0.9, 0.2]), torch.tensor([0.99]), torch.tensor([])])
+    assert [r['score'] for r in scored] == pytest.approx([0.2, 0, 0])  # the score of the last token
+
+
 def sample_record(answer, right='5', text=None, finished=True, tokens=10, **more):
     return {'text': text or f' #### {answer}', 'answer': answer, 'correct': answer == right, 'finished': finished, 'tokens': tokens} | more
 
@@ -70,6 +85,7 @@ def test_summary_by_hand():
         for score, s in enumerate(record['samples']):
             s['score'] = score
     assert summarize(records)['rerank@4'][0] == 0.5  # the last sample of each
+    assert summarize(records)['weighted@4'][0] == 0.5  # 5 has 0 + 1 of 6; 5 has 2 + 3 of 6; the only one; none
 
 
 def test_at_one_sample_every_measure_is_the_same():
@@ -79,7 +95,7 @@ def test_at_one_sample_every_measure_is_the_same():
     for r in records:
         r['greedy'] = r['samples'][0]
     metrics = summarize(records)
-    assert metrics['maj@1'] == metrics['pass@1'] == metrics['rerank@1']
+    assert metrics['maj@1'] == metrics['pass@1'] == metrics['rerank@1'] == metrics['weighted@1']
 
 
 def test_greedy_alone_and_lengths():

@@ -12,9 +12,12 @@ from config import override
 RECIPES = sorted(name for name in os.listdir(os.path.join(ROOT, 'config')) if name.endswith('.py') and name != '__init__.py')
 
 
+SCRIPTS = {'_ppo': 'ppo', '_ei': 'ei', '_orm.': 'rewards', '_prm.': 'rewards'}  # part of a recipe's name -> its script
+
+
 @pytest.mark.parametrize('name', RECIPES)
 def test_recipe_loads_into_its_script(name, capsys):
-    script = 'ei' if name.endswith('_ei.py') else 'sft'
+    script = next((script for part, script in SCRIPTS.items() if part in name), 'sft')
     settings = dict(vars(importlib.import_module(script)))
     path = os.path.join(ROOT, 'config', name)
     before = dict(settings)

@@ -12,7 +12,8 @@ from conftest import GPT2, ROOT, TEXTS, loud, real_data, tiny_config
 
 from config import UserError
 from model import Transformer
-from sample import BPETokenizer, HFTokenizer, Sampler, draw, learn_bpe, load_tokenizer, random_stream, token_logprobs, uniform
+from sample import (BPETokenizer, Example, HFTokenizer, Sampler, action_logprobs, bpe_tokenizer, check_same_tokenizer, collate, draw, learn_bpe,
+                    load_tokenizer, micro_batches, random_stream, token_logprobs, uniform)
 
 PROMPTS = ['Question: Tom', 'A', 'Question: Ann sells 4 pens for 5 dollars each. How much', 'Question: Tom has']  # unequal lengths
 
@@ -185,6 +186,44 @@ def alone(model, tokenizer, ids, n, temperature=0):
         if ids[-1] == tokenizer.eos:
             break
     return ids[start:]
+
+
+def test_logprobs_in_chunks_equal_those_at_once_and_so_do_their_gradients(model):
+    hidden = torch.randn(23, model.config.n_embd, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ids = torch.arange(23) % model.config.vocab_size
+    plain = torch.distributions.Categorical(logits=model.logits(hidden) / 0.7)
+    expected = torch.autograd.grad(plain.log_prob(ids).sum() + 2 * plain.entropy().sum(), [hidden, model.embed.weight])
+    for chunk in (5, 100):
+        logprobs, entropy = action_logprobs(model, hidden, ids, 0.7, True, chunk)
+        assert torch.allclose(logprobs, plain.log_prob(ids), atol=1e-5) and torch.allclose(entropy, plain.entropy(), atol=1e-5)
+        found = torch.autograd.grad(logprobs.sum() + 2 * entropy.sum(), [hidden, model.embed.weight])
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected))
+    assert action_logprobs(model, hidden, ids, 0.7)[1] is None
+
+
+def test_long_batches_of_logprobs_never_hold_all_logits(model):
+    """What autograd keeps for backward: with one chunk the logits of all rows, in chunks none."""
+    def kept(chunk):
+        sizes = []
+        hidden = torch.randn(64, model.config.n_embd, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            action_logprobs(model, hidden, torch.zeros(64, dtype=torch.long), chunk=chunk)
+        return max(sizes)
+    assert kept(64) >= 64 * model.config.vocab_size > kept(8)
+
+
+def test_batches_from_lengths():
+    rows = [Example([7, 7, 7, 7], 2), Example([7], 1), Example([0, 0, 7], 1)]
+    ids, learned = collate(rows, 'cpu')
+    assert ids.tolist() == [[7, 7, 7, 7], [7, 0, 0, 0], [0, 0, 7, 0]]
+    assert learned.int().tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0]]  # an id of 0 is as real as any
+    assert micro_batches(range(3), 8, lambda i: len(rows[i].ids)) == [[0, 2], [1]]
+
+
+def test_other_tokenizers_are_told_apart(bpe):
+    check_same_tokenizer(bpe, bpe_tokenizer(sorted(bpe.encoding._mergeable_ranks, key=bpe.encoding._mergeable_ranks.get)), 'a and b')
+    with pytest.raises(UserError, match='a and b have different tokenizers'):
+        check_same_tokenizer(bpe, learn_bpe(TEXTS, 10), 'a and b')
 
 
 def test_greedy_equals_the_plain_loop(model, bpe):
