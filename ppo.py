@@ -80,7 +80,7 @@ entropy_coef = 0.0        # bonus on the policy's entropy
 target_kl = 0.0           # above 0: an iteration's epochs stop where the policy is this far (nats a token) from the old one
 lr = 1e-6
 min_lr = 1e-7
-critic_lr = 1e-5          # of a separate critic
+critic_lr = 1e-5          # of the value head, and of all of a separate critic
 warmup = 0.03             # share of the updates over which the rate rises from 0
 weight_decay = 0.0
 grad_clip = 1.0           # on the global norm; 0: none
@@ -106,11 +106,12 @@ def masked_mean(x, mask):
     return x.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
-def whiten(x, mask):
-    """x (..., T) with mean 0 and variance 1 over all real tokens, and 0 elsewhere."""
-    mean = masked_mean(x, mask.bool())
-    variance = masked_mean((x - mean) ** 2, mask.bool())
-    return ((x - mean) * (variance + 1e-8).rsqrt()).masked_fill(~mask.bool(), 0)
+def whiten(x, mask, shift_mean=True):
+    """x (..., T) with mean 0 (unless shift_mean is False: then its own) and variance 1 over all real tokens; 0 elsewhere."""
+    mask = mask.bool()
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return ((x - mean if shift_mean else x) * (variance + 1e-8).rsqrt()).masked_fill(~mask, 0)
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -292,8 +293,11 @@ if __name__ == '__main__':
     else:
         value_model = Transformer.from_pretrained(critic_from or policy_from, device).add_value_head()
     separate = value_model not in (None, policy)
+    head = None if separate or value_model is None else policy.value_head
+    policy.value_head = None  # for a moment: the head on the policy's trunk has a rate of its own
     optimizer = make_optimizer(policy, lr, weight_decay)
-    for group in make_optimizer(value_model, critic_lr, weight_decay).param_groups if separate else []:
+    policy.value_head = head
+    for group in make_optimizer(head or value_model, critic_lr, weight_decay).param_groups if value_model is not None else []:
         optimizer.add_param_group(group)
     peak_lr = [group['lr'] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group['params']]
@@ -406,7 +410,9 @@ if __name__ == '__main__':
         size = (advantages.abs().sum(-1) / lengths).view(n_picked, n_per_question).mean(-1).tolist()
         for q, a in zip(picked, size):
             state['priority'][q], state['last_seen'][q] = a, iteration
-        advantages = whiten(advantages, mask)
+        # The group's are 0 on average for each question. Shifted, they would say that a sample like its mates were better or worse.
+        advantages = whiten(advantages, mask, shift_mean=advantage == 'gae')
+        learns = advantages.any(-1).tolist() if value_model is None and not entropy_coef else [True] * n_rollouts
 
         # 7. update: a few epochs of minibatches, each divided by its own tokens before memory splits it
         updating = time.time()
@@ -414,12 +420,17 @@ if __name__ == '__main__':
         policy.requires_grad_(not warming)
         if value_model is not None:
             (value_model if separate else value_model.value_head).requires_grad_(True)
-        totals, n_done, stopped = np.zeros(5), 0, False
+        totals, n_done, n_trained, stopped = np.zeros(5), 0, 0, False
         for epoch in range(epochs):
             order = rng.sample(range(n_rollouts), n_rollouts)
             for first in range(0, n_rollouts, minibatch):
                 rows = order[first:first + minibatch]
                 n_tokens = int(lengths[rows].sum())
+                rows = [i for i in rows if learns[i]]  # the others, whose advantages are all 0, would add 0 to the gradient
+                if not rows:
+                    continue
+                n_learned = int(lengths[rows].sum())
+                n_trained += n_learned
                 sums = np.zeros(5)  # policy loss, value loss, approx_kl, clip share, largest |ratio - 1|
                 for micro in micro_batches(rows, micro_tokens, lambda i: len(examples[i].ids)):
                     real = mask[micro]
@@ -437,8 +448,8 @@ if __name__ == '__main__':
                     with torch.no_grad():
                         ratio = (logprobs - old).exp()
                         sums[0] += policy_part.item()
-                        sums[2] += k3(old, logprobs).sum().item() / n_tokens
-                        sums[3] += ((ratio - 1).abs() > clip).sum().item() / n_tokens
+                        sums[2] += k3(old, logprobs).sum().item() / n_learned
+                        sums[3] += ((ratio - 1).abs() > clip).sum().item() / n_learned
                         sums[4] = max(sums[4], (ratio - 1).abs().max().item())
                 if n_done == 0 and dtype == torch.float32:
                     assert sums[4] < 1e-3, f'before any update a probability ratio is off 1 by {sums[4]}'
@@ -472,10 +483,10 @@ if __name__ == '__main__':
             share_truncated=truncated, reward_outcome=outcome.sum(-1).mean(), reward_shaped=shaped.sum(-1).mean(),
             reward_kl=-used_kl_coef * k1.sum(-1).mean(), kl_coef=used_kl_coef, kl=masked_mean(k1, mask),
             kl_k3=masked_mean(k3(old_logprobs, ref_logprobs), mask), entropy=masked_mean(entropy, mask), **means, updates=n_done,
-            response_tokens=n_tokens / n_rollouts, response_steps=sum(len(r.lines) for r in responses) / n_rollouts,
+            response_tokens=n_tokens / n_rollouts, response_steps=sum(len(r.lines) for r in responses) / n_rollouts, learning_rows=sum(learns) / n_rollouts,
             unique_equations=sum(map(len, unique)) / n_picked, backtracked=sum(p != '' for p in prefixes) / n_picked,
             lr=optimizer.param_groups[0]['lr'], rollout_tokens_per_second=n_tokens / rollout_seconds,
-            update_tokens_per_second=n_done * minibatch * n_tokens / n_rollouts / (time.time() - updating))
+            update_tokens_per_second=n_trained / (time.time() - updating))
         if truncated > 0.2:
             print(f'warning: {100 * truncated:.0f}% of the samples did not finish within max_new_tokens = {max_new_tokens}')
         shown = 0

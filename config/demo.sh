@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way on two CPU cores: data, base model, SFT, Expert Iteration, and the table that compares them.
+# The whole way on two CPU cores: data, base model, SFT, Expert Iteration, PPO, a reward model, and the table that compares them.
 # $ bash config/demo.sh             # flags for every training run may follow, e.g. --seed=1
 # Replaces what an earlier demo left in out/demo_*.
 set -euo pipefail
@@ -9,8 +9,10 @@ python data/arithmetic/prepare.py
 python sft.py config/demo_base.py --overwrite "$@"        # a language model of the task's world
 python sft.py config/demo_sft.py --overwrite "$@"         # + 500 worked solutions
 python ei.py config/demo_ei.py --overwrite "$@"           # + final answers of 5,500 more questions
+python ppo.py config/demo_ppo.py --overwrite "$@"         # the same SFT policy and final answers, by PPO
 python sft.py config/demo_sft_long.py --overwrite "$@"    # the control: SFT for as many updates as SFT and EI took together
-for run in demo_sft demo_sft_long demo_ei; do
-    python eval.py --init_from=out/$run --k=16 --n_problems=500 --max_new_tokens=110 --max_rows=1024 --overwrite
+python rewards.py config/demo_orm.py --overwrite "$@"     # tells right solutions from wrong ones: the judge of rerank@16
+for run in demo_sft demo_sft_long demo_ei demo_ppo; do
+    python eval.py --init_from=out/$run --scorer=out/demo_orm --k=16 --n_problems=500 --max_new_tokens=110 --max_rows=1024 --overwrite
 done
-python eval.py --compare out/demo_sft out/demo_sft_long out/demo_ei
+python eval.py --compare out/demo_sft out/demo_sft_long out/demo_ppo out/demo_ei

@@ -1,5 +1,5 @@
 # Expert Iteration that keeps what the ORM scores high, right or wrong: no final answer is looked at after the ORM's training.
-# $ python ei.py config/demo_ei_orm.py      (after config/demo_sft.py and config/demo_orm.py)
+# $ python ei.py config/demo_ei_orm.py      (after config/demo_orm.py)
 from config.demo_ei import *
 
 out_dir = 'out/demo_ei_orm'

@@ -88,6 +88,8 @@ def test_whiten():
     assert y[mask].mean().item() == pytest.approx(0, abs=1e-6) and y[mask].var(unbiased=False).item() == pytest.approx(1, abs=1e-4)
     assert not y[~mask].any()
     assert torch.allclose(y, ppo.whiten(x, mask), atol=1e-4)
+    z = ppo.whiten(x, mask, shift_mean=False)  # scaled, and where it was 0 still 0
+    assert z[mask].var(unbiased=False).item() == pytest.approx(1, abs=1e-4) and torch.allclose(z[mask] * x[mask].std(unbiased=False), x[mask])
     assert not ppo.whiten(torch.full((2, 3), 7.0), torch.ones(2, 3)).any()  # nothing varies: nothing, and no nan
 
 

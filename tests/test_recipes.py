@@ -26,6 +26,11 @@ def test_recipe_loads_into_its_script(name, capsys):
     with open(path) as f:
         text = f.read()
     assert text.startswith('#') and f'python {script}.py config/{name}' in text  # what it is for, and the exact command
+    if name.startswith('demo_ppo'):  # like with like: from the same checkpoint, with as many samples as Expert Iteration or fewer
+        ei = dict(vars(importlib.import_module('ei')))
+        override(ei, [os.path.join(ROOT, 'config', 'demo_ei.py')])
+        assert settings['init_from'] == ei['init_from'] and settings['n_questions'] == ei['n_questions']
+        assert settings['n_iterations'] * settings['n_rollouts'] <= ei['n_questions'] * ei['k'] * ei['n_rounds']
     # a recipe's own arithmetic: the control takes as many updates as SFT and the rounds of EI together
     if name == 'demo_sft_long.py':
         sft, ei = dict(vars(importlib.import_module('sft'))), dict(vars(importlib.import_module('ei')))
@@ -51,10 +56,20 @@ def test_the_demos_chain_runs_tiny(script, tmp_path):
     script('sft.py', 'config/demo_sft.py', *common, f'--init_from={tmp_path}/demo_base', f'--out_dir={tmp_path}/demo_sft', '--n_worked=20')
     script('ei.py', 'config/demo_ei.py', *common, f'--init_from={tmp_path}/demo_sft', f'--base={tmp_path}/demo_base',
            f'--out_dir={tmp_path}/demo_ei', '--n_worked=20', '--n_questions=30', '--k=2')
-    for run in ('demo_sft', 'demo_ei'):
-        script('eval.py', f'--init_from={tmp_path}/{run}', f'--task={tmp_path}', '--k=4', '--max_new_tokens=20')
-    table = script('eval.py', '--compare', f'{tmp_path}/demo_sft', f'{tmp_path}/demo_ei').stdout
-    assert table.count('| 12 |') == 2 and '| maj@1 | maj@4 | pass@4 |' in table
+    script('ppo.py', 'config/demo_ppo.py', *common[:1], *common[2:], f'--init_from={tmp_path}/demo_sft', f'--out_dir={tmp_path}/demo_ppo',
+           '--n_questions=30', '--n_iterations=2', '--n_rollouts=32', '--minibatch=16')
+    # the solutions that EI's first round drew from the SFT policy, of which a policy this small has none right: so labels are made
+    rows = [json.loads(line) for line in open(tmp_path / 'demo_ei' / 'samples_round1.jsonl')]
+    for row in rows:
+        row['samples'][0]['correct'] = True
+    (tmp_path / 'samples.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    script('rewards.py', 'config/demo_orm.py', common[0], *common[3:], f'--init_from={tmp_path}/demo_sft', f'--base={tmp_path}/demo_ei',
+           f'--samples={tmp_path}/samples.jsonl', '--k=2', '--n_questions=30', '--batch_size=4', '--balance=False', '--heldout=8',
+           f'--out_dir={tmp_path}/demo_orm')
+    for run in ('demo_sft', 'demo_ei', 'demo_ppo'):
+        script('eval.py', f'--init_from={tmp_path}/{run}', f'--task={tmp_path}', f'--scorer={tmp_path}/demo_orm', '--k=4', '--max_new_tokens=20')
+    table = script('eval.py', '--compare', *(f'{tmp_path}/{run}' for run in ('demo_sft', 'demo_ei', 'demo_ppo'))).stdout
+    assert table.count('| 12 |') == 3 and '| maj@1 | maj@4 | rerank@4 | weighted@4 | pass@4 |' in table
     rows = [json.loads(line) for line in open(tmp_path / 'demo_ei' / 'log.jsonl')]
     explored = [row for row in rows if 'samples_drawn' in row]
     assert [row['samples_drawn'] for row in explored] == [60, 120]
