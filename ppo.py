@@ -262,6 +262,8 @@ if __name__ == '__main__':
     learned = reward in ('orm', 'orm_dense', 'prm')
     if learned != bool(reward_model):
         raise UserError(f'reward = {reward!r} ' + ('needs a reward_model' if learned else f'has no use for reward_model = {reward_model!r}'))
+    if reward != 'prm' and (refine != 'none' or eta_quantile):
+        raise UserError("refine and eta_quantile are for reward = 'prm'")
     if not (0 <= backtrack <= 1 and 0 <= replay < 1 and 0 <= eta_quantile <= 1 and 0 < replay_beta and 0 <= replay_staleness <= 1):
         raise UserError('backtrack, eta_quantile and replay_staleness are from 0 to 1, replay from 0 to below 1, replay_beta above 0')
     policy_from = read_run(out_dir)['init_from'] if resume else init_from
@@ -305,6 +307,8 @@ if __name__ == '__main__':
              'priority': [0.0] * len(problems), 'last_seen': [-1] * len(problems)}
     if resume:
         state = load_state(os.path.join(out_dir, 'last'), optimizer)
+        if len(state['priority']) != len(problems):
+            raise UserError(f'{out_dir} practised on {len(state["priority"])} questions, not {len(problems)}: n_questions must stay')
         if separate:
             value_model.load_state_dict(state['critic'])
     start_run(settings, resume, overwrite)

@@ -569,8 +569,8 @@ if __name__ == '__main__':
         groups = [[Response(p, '', s['ids'], step_lines(s['ids'], tok), s['finished'], s['correct']) for s in samples if s['ids']]
                   for p, samples in zip(problems, found)]
         if kind == 'orm':
-            responses = balanced(groups, random.Random(seed)) if balance else sum(groups, [])
-            return [row(r, outcome_labels(r, label_at)) for r in responses]
+            chosen = balanced(groups, random.Random(seed)) if balance else [r for group in groups for r in group]
+            return [row(r, outcome_labels(r, label_at)) for r in chosen]
 
         path = os.path.join(out_dir, f'labels_{name}.jsonl')  # a line a problem: of each solution each step's share of success
         shares = read_rows(path)
@@ -580,18 +580,19 @@ if __name__ == '__main__':
         with open(path, 'a') as f:
             for start in range(len(shares), len(problems), chunk):
                 todo = groups[start:start + chunk]
-                judged = iter(step_success(sampler, sum(todo, []), rollouts, max_new_tokens, temperature, seed + 1))
+                judged = iter(step_success(sampler, [r for group in todo for r in group], rollouts, max_new_tokens, temperature, seed + 1))
                 shares += [[next(judged) for _ in group] for group in todo]
                 f.writelines(json.dumps(group) + '\n' for group in shares[start:])
                 f.flush()
                 progress.update(len(todo))
         progress.close()
         rows = []
-        for r, success in zip(sum(groups, []), sum(shares, [])):
-            labels = [math.nan] * len(r.ids)
-            for end, s in zip(step_ends(r), success):
-                labels[end] = s if step_label == 'share' else float(s > 0)
-            rows.append(row(r, labels))
+        for group, successes in zip(groups, shares):
+            for r, success in zip(group, successes):
+                labels = [math.nan] * len(r.ids)
+                for end, s in zip(step_ends(r), success):
+                    labels[end] = s if step_label == 'share' else float(s > 0)
+                rows.append(row(r, labels))
         return rows
 
     # 1. samples and their labels

@@ -9,7 +9,7 @@ n_rounds = 2
 k = 4                       # 6,000 * 4 * 2 = 48,000 samples
 max_new_tokens = 110
 max_rows = 1024             # a small model decodes many rows at a time
-max_steps = 1000            # a round: with the 300 of demo_sft, 2,300 in all, as many as demo_sft_long takes
+max_steps = 750             # a round: with the 300 of demo_sft, 1,800 in all, as many as demo_sft_long takes
 batch_size = 16
 micro_tokens = 2048
 lr = 1e-3

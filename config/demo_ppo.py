@@ -18,4 +18,3 @@ lr = 2e-4                   # at 1e-3 noise undoes in the first iterations what 
 min_lr = 2e-5
 warmup = 0.05
 eval_interval = 6
-show = 1

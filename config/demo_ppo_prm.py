@@ -5,3 +5,7 @@ from config.demo_ppo import *
 out_dir = 'out/demo_ppo_prm'
 reward = 'prm'
 reward_model = 'out/demo_prm'
+advantage = 'gae'           # rewards stand on steps: what counts for a token is the return from there on
+lam = 1.0
+critic_lr = 1e-2            # of the value head alone
+value_coef = 0.5

@@ -4,12 +4,12 @@
 init_from = 'out/demo_base'
 out_dir = 'out/demo_sft_long'
 n_worked = 500
-max_steps = 2300            # 300 + 2 * 1,000
+max_steps = 1800            # 300 + 2 * 750
 batch_size = 16
 micro_tokens = 2048
 lr = 1e-3
 min_lr = 1e-4
 weight_decay = 0.1
-eval_interval = 250         # the best of ten checkpoints by validation maj@1, more than EI gets to choose from
+eval_interval = 300         # the best of six checkpoints by validation maj@1, more than EI gets to choose from
 max_new_tokens = 110
 max_rows = 1024             # a small model decodes many rows at a time

@@ -367,6 +367,7 @@ def test_bad_input_is_one_line(script, coin, bpe, tmp_path):
     refused(f'--ref={tmp_path}/other', match='different tokenizers')
     refused('--reward=nice', match="not 'nice'")
     refused('--minibatch=48', match='multiple')
+    refused('--refine=clip', match="for reward = 'prm'")
     refused('--temperature=0', match='temperature')
     refused('--advantage=group', '--n_per_question=1', match='at least 2')
     refused('--max_new_tokens=126', match='leaves room for 2 tokens')
@@ -380,3 +381,11 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_kept(scri
     assert 'stopped' in done.stderr and done.stderr.strip().count('\n') == 0
     for name in ('best', 'last'):
         assert all(p.isfinite().all() for p in Transformer.from_pretrained(str(tmp_path / 'run' / name)).parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+@pytest.mark.parametrize('flags', [[], ['--critic=separate', '--critic_lr=3e-3'], ['--compile=off', '--dtype=float32']], ids=str)
+def test_the_coin_is_loaded_on_a_gpu(script, coin, tmp_path, flags):
+    """In bf16 too, where the start-up checks compare the sampler's bf16 copy with the trainer's autocast."""
+    run_ppo(script, coin, tmp_path / 'run', '--device=cuda', *flags)
+    assert iterations(tmp_path / 'run')[-1]['share_correct'] > 0.95
