@@ -158,8 +158,8 @@ if __name__ == '__main__':
                             f'({100 * share_truncated:.0f}% of them did not finish within {max_new_tokens} tokens)')
         log(updates, round=round, samples_drawn=drawn, share_correct=share_correct, share_truncated=share_truncated,
             unique_equations=sum(evaluation.unique_equations(records) for records in found) / len(found),
-            solved=sum(any(r['correct'] for r in records) for records in found) / len(found), new_solutions=n_new, new_right=n_right / max(1, n_new),
-            dataset=len(dataset), dataset_tokens=n_learned(dataset))
+            solved=sum(any(r['correct'] for r in records) for records in found) / len(found), new_solutions=n_new,
+            new_right=n_right / max(1, n_new), dataset=len(dataset), dataset_tokens=n_learned(dataset))
 
         # 5. distil: fine-tune from the base again, unless a stopped run had done it
         if os.path.exists(os.path.join(round_dir, 'config.json')):

@@ -262,7 +262,8 @@ if __name__ == '__main__':
     # What the records depend on. With the same of it an evaluation goes on; with another it is refused, not mixed.
     task_name = os.path.basename(os.path.normpath(task))
     records_file = os.path.join(out_dir, f'eval_{task_name}.jsonl')
-    keys = ('init_from', 'task', 'split', 'n_problems', 'k', 'temperature', 'top_k', 'top_p', 'scorer', 'few_shot', 'max_new_tokens', 'seed')
+    keys = ('init_from', 'task', 'split', 'n_problems', 'k', 'temperature', 'top_k', 'top_p', 'scorer', 'few_shot', 'max_new_tokens',
+            'seed')
     identity = {key: settings[key] for key in keys} | {'weights': os.path.getmtime(os.path.join(folder, 'config.json'))}
     before, records = read_records(records_file)
     if before and before != identity:

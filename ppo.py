@@ -61,7 +61,7 @@ advantage = 'gae'         # 'gae', or 'group': return minus the mean of the ques
 gamma = 1.0
 lam = 0.95
 critic = 'shared'         # 'shared': a scalar head on the policy's trunk; 'separate': a transformer of its own
-critic_from = ''          # the weights that a separate critic starts from, e.g. an ORM, which knows what leads where; '': the policy's
+critic_from = ''          # the weights of a separate critic, e.g. an ORM, which knows what leads where; '': the policy's
 value_warmup = 0          # iterations at the start in which the value function alone learns
 # exploration aids
 backtrack = 0.0           # share of questions that start after a random part of the reference solution ...
@@ -261,7 +261,7 @@ if __name__ == '__main__':
         raise UserError("advantage = 'group' compares a question's samples: n_per_question must be at least 2")
     learned = reward in ('orm', 'orm_dense', 'prm')
     if learned != bool(reward_model):
-        raise UserError(f'reward = {reward!r} ' + ('needs a reward_model' if learned else f'has no use for reward_model = {reward_model!r}'))
+        raise UserError(f'reward = {reward!r} needs a reward_model' if learned else f'reward = {reward!r} has no use for reward_model')
     if reward != 'prm' and (refine != 'none' or eta_quantile):
         raise UserError("refine and eta_quantile are for reward = 'prm'")
     if not (0 <= backtrack <= 1 and 0 <= replay < 1 and 0 <= eta_quantile <= 1 and 0 < replay_beta and 0 <= replay_staleness <= 1):
@@ -483,13 +483,20 @@ if __name__ == '__main__':
         texts = [tok.decode(r.ids) for r in responses]
         unique = [{rewards.equations(t) for t in texts[i:i + n_per_question]} for i in range(0, n_rollouts, n_per_question)]
         truncated = sum(not r.finished for r in responses) / n_rollouts
-        log(state['updates'], iteration=iteration, samples_drawn=iteration * n_rollouts, share_correct=sum(r.correct for r in responses) / n_rollouts,
-            share_truncated=truncated, reward_outcome=outcome.sum(-1).mean(), reward_shaped=shaped.sum(-1).mean(),
-            reward_kl=-used_kl_coef * k1.sum(-1).mean(), kl_coef=used_kl_coef, kl=masked_mean(k1, mask),
-            kl_k3=masked_mean(k3(old_logprobs, ref_logprobs), mask), entropy=masked_mean(entropy, mask), **means, updates=n_done,
-            response_tokens=n_tokens / n_rollouts, response_steps=sum(len(r.lines) for r in responses) / n_rollouts, learning_rows=sum(learns) / n_rollouts,
+        log(state['updates'], iteration=iteration, samples_drawn=iteration * n_rollouts,
+            # the reward by kind, a solution
+            share_correct=sum(r.correct for r in responses) / n_rollouts, share_truncated=truncated,
+            reward_outcome=outcome.sum(-1).mean(), reward_shaped=shaped.sum(-1).mean(), reward_kl=-used_kl_coef * k1.sum(-1).mean(),
+            # how far from the reference, a token
+            kl_coef=used_kl_coef, kl=masked_mean(k1, mask), kl_k3=masked_mean(k3(old_logprobs, ref_logprobs), mask),
+            entropy=masked_mean(entropy, mask),
+            # the update
+            **means, updates=n_done, learning_rows=sum(learns) / n_rollouts, lr=optimizer.param_groups[0]['lr'],
+            # the solutions
+            response_tokens=n_tokens / n_rollouts, response_steps=sum(len(r.lines) for r in responses) / n_rollouts,
             unique_equations=sum(map(len, unique)) / n_picked, backtracked=sum(p != '' for p in prefixes) / n_picked,
-            lr=optimizer.param_groups[0]['lr'], rollout_tokens_per_second=n_tokens / rollout_seconds,
+            # speed
+            rollout_tokens_per_second=n_tokens / rollout_seconds,
             update_tokens_per_second=n_trained / (time.time() - updating))
         if truncated > 0.2:
             print(f'warning: {100 * truncated:.0f}% of the samples did not finish within max_new_tokens = {max_new_tokens}')
