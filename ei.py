@@ -154,8 +154,8 @@ if __name__ == '__main__':
             n_new += len(kept)
             n_right += sum(record['correct'] for record in kept)
         if not dataset:
-            raise UserError(f'round {round}: none of {len(flat):,} samples has a return of {tau}, so that there is nothing to learn from '
-                            f'({100 * share_truncated:.0f}% of them did not finish within {max_new_tokens} tokens)')
+            raise UserError(f'round {round}: none of {len(flat):,} samples {"is right" if reward == "sparse" else f"scores {tau}"}, so that there '
+                            f'is nothing to learn from ({100 * share_truncated:.0f}% of them did not finish within {max_new_tokens} tokens)')
         log(updates, round=round, samples_drawn=drawn, share_correct=share_correct, share_truncated=share_truncated,
             unique_equations=sum(evaluation.unique_equations(records) for records in found) / len(found),
             solved=sum(any(r['correct'] for r in records) for records in found) / len(found), new_solutions=n_new,

@@ -497,7 +497,7 @@ def test_bad_input_to_reward_model_training(coin, script, tmp_path):
     refused('--kind=orm', '--n_questions=2', '--k=1', match='too few')
 
 
-REWARDS = {'sparse': [], 'dense': [], 'orm': ['orm'], 'orm_dense': ['orm'], 'prm': ['prm'], 'prm --refine=clip_delta --eta_quantile=0.5': ['prm']}
+REWARDS = {'sparse': [], 'dense': [], 'orm': ['orm'], 'orm_dense': ['orm'], 'prm': ['prm'], 'prm --refine=clip_delta --eta_quantile=0.8': ['prm']}
 
 
 @pytest.mark.parametrize('reward', REWARDS)
@@ -505,13 +505,13 @@ def test_every_reward_moves_itself_up(coin, judges, script, tmp_path, reward):
     """From the reward alone, without the sparse one beside it (but for the sparse one itself)."""
     flags = [f'--reward_model={judges}/{kind}' for kind in REWARDS[reward]] + ['--reward_right=0'] * (reward != 'sparse')
     script('ppo.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--out_dir={tmp_path}/run', *f'--reward={reward}'.split(), *flags,
-           '--max_new_tokens=40', '--n_rollouts=64', '--minibatch=16', '--epochs=2', '--n_iterations=8', '--lr=3e-3', '--temperature=1.0',
-           '--eval_problems=16', '--device=cpu', '--show=0')
+           '--max_new_tokens=40', '--n_rollouts=128', '--minibatch=32', '--epochs=1', '--n_iterations=12', '--lr=1e-3', '--temperature=1.0',
+           '--eval_problems=16', '--device=cpu', '--show=0', '--advantage=group')
     rows = [row for row in map(json.loads, open(tmp_path / 'run' / 'log.jsonl')) if 'share_correct' in row]
     gained = [row['reward_outcome'] + row['reward_shaped'] for row in rows]
     assert gained[-1] > gained[0] + 0.1
     if 'dense' not in reward and reward != 'prm':  # sums of scores can grow by more steps instead of better ones
-        assert rows[-1]['share_correct'] > 0.9
+        assert sum(row['share_correct'] for row in rows[-3:]) / 3 > 0.85
 
 
 def test_rerank_and_the_orm_as_a_filter(coin, judges, script, tmp_path):
