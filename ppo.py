@@ -186,7 +186,7 @@ def explained_variance(values, returns, mask):
 def evaluate_actions(model, critic, examples, temperature, dtype, with_entropy=False, trunk=None):
     """One pass over padded rows -> (log-probs, values, entropies) of their actions, each (N,) fp32, row after row. values is None
     without a critic; where the critic is the model itself, its head reads the same hidden states."""
-    ids, actions = collate(examples, model.embed.weight.device)
+    ids, actions = collate(examples, model.embed.weight.device, model.config.block_size + 1)
     at = actions[:, 1:]                                                       # position t predicts the action at t + 1
     with autocast(ids.device, dtype):
         hidden = (trunk or model.trunk)(ids[:, :-1])[at]                      # (N, C)

@@ -417,7 +417,7 @@ def score(model, examples, max_tokens, dtype=torch.float32):
     prompt: a list of (n,) fp32 on the CPU, n = len(ids) - n_prompt, the t-th one having read the t-th token."""
     scores = [None] * len(examples)
     for micro in micro_batches(range(len(examples)), max_tokens, lambda i: len(examples[i].ids)):
-        ids, actions = collate([examples[i] for i in micro], model.embed.weight.device)
+        ids, actions = collate([examples[i] for i in micro], model.embed.weight.device, model.config.block_size)
         with autocast(ids.device, dtype):
             p = model.values(model.trunk(ids)[actions]).sigmoid().cpu()
         for i, s in zip(micro, p.split([len(examples[i].ids) - examples[i].n_prompt for i in micro])):
@@ -482,7 +482,7 @@ def fit(model, rows, steps, log, *, batch_size=64, micro_tokens=16384, lr=1e-5, 
         batch = [rows[i] for i in order[step % per_epoch * batch_size:][:batch_size]]
         n_labels, total = sum(not math.isnan(x) for row in batch for x in row.labels), 0.0
         for micro in micro_batches(batch, micro_tokens):
-            ids, actions = collate(micro, device)
+            ids, actions = collate(micro, device, model.config.block_size)
             labels = torch.tensor([x for row in micro for x in row.labels], device=device)
             known = ~labels.isnan()
             with autocast(device, dtype):

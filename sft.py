@@ -95,7 +95,7 @@ def loss_sum(model, examples, trunk=None):
     """Summed cross-entropy of the learned tokens, a scalar. Padding stands on the right, where causal attention keeps it
     from the real tokens, and the output projection is computed for the positions with a loss alone. trunk: model.trunk, or
     a compiled form of it."""
-    ids, learned = collate(examples, model.embed.weight.device)
+    ids, learned = collate(examples, model.embed.weight.device, model.config.block_size + 1)
     hidden = (trunk or model.trunk)(ids[:, :-1])              # (B, T - 1, C): position t predicts token t + 1
     logits = model.logits(hidden[learned[:, 1:]])             # (learned tokens, V)
     return F.cross_entropy(logits, ids[:, 1:][learned[:, 1:]], reduction='sum')
@@ -211,6 +211,9 @@ if __name__ == '__main__':
     if len(fits) < len(examples):
         print(f'left out: {len(examples) - len(fits)} of {len(examples)} examples, longer than the context of {model.config.block_size}')
     val_examples = text_examples(val_texts, tok) if text_file else solution_examples(val_problems, tok)
+    val_examples = [e for e in val_examples if len(e.ids) <= model.config.block_size + 1]
+    if not fits or not val_examples:
+        raise UserError(f'no example, or none of those held out, fits the context of {model.config.block_size} tokens')
     start_run(settings, resume, overwrite)
     log = Log(out_dir, resume)
     n_steps = max_steps or math.ceil(epochs * len(fits) / batch_size)

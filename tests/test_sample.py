@@ -10,7 +10,7 @@ import torch
 import transformers
 from conftest import GPT2, ROOT, TEXTS, loud, real_data, tiny_config
 
-from config import UserError
+from config import UserError, start_run
 from model import Transformer
 from sample import (BPETokenizer, Example, HFTokenizer, Sampler, action_logprobs, bpe_tokenizer, check_same_tokenizer, collate, draw, learn_bpe,
                     load_tokenizer, micro_batches, random_stream, token_logprobs, uniform)
@@ -97,6 +97,12 @@ def test_pair_whose_border_falls_within_a_token(bpe):
     assert len(bpe.encode(' apples')) == 1
     prompt, completion = bpe.encode_pair('3 app', 'les')
     assert prompt == bpe.encode('3 app') and completion == bpe.encode('les')
+
+
+def test_a_run_without_a_checkpoint_says_so(tmp_path):
+    start_run({'out_dir': str(tmp_path / 'run'), 'dtype': 'auto'})
+    with pytest.raises(UserError, match='no checkpoint yet'):
+        load_tokenizer(str(tmp_path / 'run'))
 
 
 @pytest.mark.parametrize('path', ['nobody/nothing', '/no/such/folder'])
@@ -214,9 +220,11 @@ def test_long_batches_of_logprobs_never_hold_all_logits(model):
 
 def test_batches_from_lengths():
     rows = [Example([7, 7, 7, 7], 2), Example([7], 1), Example([0, 0, 7], 1)]
-    ids, learned = collate(rows, 'cpu')
+    ids, learned = collate(rows, 'cpu', 4)
     assert ids.tolist() == [[7, 7, 7, 7], [7, 0, 0, 0], [0, 0, 7, 0]]
     assert learned.int().tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0]]  # an id of 0 is as real as any
+    for longest, most, T in ((4, 100, 9), (9, 100, 9), (10, 100, 17), (10, 12, 12), (12, 12, 12), (13, 12, 13)):
+        assert collate([Example([7] * longest, 1)], 'cpu', most)[0].shape == (1, T)  # few lengths, within the context
     assert micro_batches(range(3), 8, lambda i: len(rows[i].ids)) == [[0, 2], [1]]
 
 

@@ -204,3 +204,15 @@ def test_plain_language_model(script, task, tmp_path):
 
 def test_example_is_a_plain_tuple():
     assert Example([1, 2], 1) == ([1, 2], 1)
+
+
+def test_what_does_not_fit_the_context_is_left_out_of_training_and_of_validation(script, task, tmp_path):
+    """A context that is no multiple of 8, which some of the rows just fit and some do not."""
+    rows = [json.loads(line) for line in open(tmp_path / 'task' / 'train.jsonl')]
+    for i in range(0, len(rows), 3):
+        rows[i]['answer'] = 'so ' * (i % 30) + rows[i]['answer']
+    (tmp_path / 'task' / 'train.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    flags = [task, *TINY, '--max_steps=3', '--eval_problems=256', f'--out_dir={tmp_path}/run', '--overwrite']
+    done = script('sft.py', *flags, '--block_size=61')
+    assert 'left out: ' in done.stdout and math.isfinite(log_of(tmp_path / 'run')[-1]['val_loss'])
+    assert 'fits the context of 5 tokens' in script('sft.py', *flags, '--block_size=5', code=2).stderr
