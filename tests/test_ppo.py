@@ -292,6 +292,8 @@ def test_the_coin_is_loaded_and_the_log_says_how(script, coin, tmp_path):
     assert rows[-1]['reward_outcome'] == rows[-1]['share_correct']
     samples = [json.loads(line) for line in open(tmp_path / 'run' / 'samples.jsonl')]
     assert len(samples) == 640 and [s['iteration'] for s in samples] == sorted(s['iteration'] for s in samples)
+    questions = [s['question'] for s in samples[:256]]  # 64 questions, 16 of them an iteration: all of them once before any again
+    assert len(set(questions)) == 64 and all(questions.count(q) == 4 for q in set(questions))
     for s in samples:
         assert s['correct'] == (s['finished'] and rewards.is_correct(s['text'], s['answer']))
         assert sum(r for _, r in s['steps']) == pytest.approx(float(s['correct'])) and s['steps'][-1][1] == float(s['correct'])
