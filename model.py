@@ -475,6 +475,12 @@ def read_json(path):
         raise UserError(f'{path}: not readable as JSON ({error})') from None
 
 
+def refuse_missing_folder(path):
+    """UserError for what is not there and, by its looks, no name to ask the hub for, which offline takes most of a minute."""
+    if not os.path.isdir(path) and (path.count('/') > 1 or path.startswith(('.', '/', 'out/'))):
+        raise UserError(f'{path}: no such checkpoint')
+
+
 def find_checkpoint(path):
     """The folder that holds config.json and weights: the path itself, a run's best/ (or last/), or a download from the hub."""
     for folder in (os.path.join(path, 'best'), os.path.join(path, 'last'), path):
@@ -483,8 +489,7 @@ def find_checkpoint(path):
             return folder
     if os.path.isdir(path):
         raise UserError(f'{path}: no checkpoint there (config.json with *.safetensors, or a run with best/ or last/)')
-    if path.count('/') > 1 or path.startswith(('.', '/', 'out/')):
-        raise UserError(f'{path}: no such checkpoint')
+    refuse_missing_folder(path)
     from huggingface_hub import snapshot_download  # slow to import, and needed for hub names alone
     try:
         return snapshot_download(path, allow_patterns=['*.json', '*.safetensors', 'tokenizer*', 'vocab*', 'merges*'])

@@ -26,7 +26,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError, bar, override, read_run
-from model import KVCache, Transformer, autocast, find_checkpoint, read_json, setup
+from model import KVCache, Transformer, autocast, find_checkpoint, read_json, refuse_missing_folder, setup
 
 # -----------------------------------------------------------------------------
 # settings, for running this file as a script
@@ -163,6 +163,7 @@ def load_tokenizer(path):
         if os.path.exists(os.path.join(folder, 'tokenizer_config.json')):
             path = folder
             break
+    refuse_missing_folder(path)
     if read_run(path):
         raise UserError(f'{path}: the run has no checkpoint yet')
     try:
