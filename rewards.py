@@ -497,7 +497,7 @@ def fit(model, rows, steps, log, *, batch_size=64, micro_tokens=16384, lr=1e-5, 
             group['lr'] = learning_rate(step, steps, lr, min_lr, warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 20 == 0 or step + 1 == steps:
+        if (step + 1) % max(10, steps // 40) == 0 or step + 1 == steps:
             log(step + 1, loss=total, lr=optimizer.param_groups[0]['lr'], grad_norm=norm)
 
 

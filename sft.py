@@ -118,7 +118,7 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
     """Fine-tunes model in place on a list of Example and returns the number of updates.
 
     evaluate(step, optimizer), if given, is called every eval_interval updates (0: an epoch) and after the last one.
-    log(step, **metrics), if given, gets the loss (nats a learned token), lr, gradient norm, tokens and padding share.
+    log(step, **metrics), if given, gets every so often the loss (nats a learned token), lr, gradient norm, tokens and padding share.
     Each epoch is a fresh permutation of the examples (epoch_order), and an update may straddle two epochs; so optimizer and
     start_step are all it takes to go on from a checkpoint. UserError if the loss is not finite."""
     if not examples:
@@ -155,7 +155,7 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
             group['lr'] = learning_rate(step, steps, lr, min_lr, warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if log is not None and ((step + 1) % 10 == 0 or step + 1 == steps):
+        if log is not None and ((step + 1) % max(10, steps // 40) == 0 or step + 1 == steps):  # some 40 lines a run
             n_real = sum(len(e.ids) for e in batch)
             log(step + 1, loss=total, lr=optimizer.param_groups[0]['lr'], grad_norm=norm, epoch=(step + 1) * batch_size / len(examples),
                 tokens_per_second=n_real / (time.time() - started), padding=1 - n_real / n_padded)
