@@ -153,6 +153,8 @@ if __name__ == '__main__':
             n_kept[i] += len(kept)
             n_new += len(kept)
             n_right += sum(record['correct'] for record in kept)
+        if not n_new:
+            print(f'round {round}: no new solution has a return of {tau} or more')
         if not dataset:
             raise UserError(f'round {round}: none of {len(flat):,} samples {"is right" if reward == "sparse" else f"scores {tau}"}, so that there '
                             f'is nothing to learn from ({100 * share_truncated:.0f}% of them did not finish within {max_new_tokens} tokens)')
