@@ -3,7 +3,8 @@ Expert Iteration (Anthony et al. 2017; Havrilla et al. 2024, section 3), the pap
 draws K solutions of every training question; those with the right final answer are kept, one for each distinct sequence of
 equations; they join all that earlier rounds found, D_i = R_i + D_{i-1}, with the human solutions as D_0; and the pretrained
 base is fine-tuned on D_i from the start again. The round's model draws the next round's solutions. There is no gradient of
-a reward anywhere: the reward is a filter, and learning is SFT on what passes it.
+a reward anywhere: the reward is a filter, and learning is SFT on what passes it. With reward = 'orm' the filter is an outcome
+reward model's score, and no final answer is looked at.
 
 What differs from the paper: de-duplication by the exact sequence of annotated equations per question, the first one kept.
 
@@ -130,8 +131,8 @@ if __name__ == '__main__':
         round_dir = os.path.join(out_dir, f'round{round}')
         # 1. explore: K samples of every question
         sampler = Sampler(policy, tok, max_rows, dtype)
-        found = evaluation.explore(sampler, questions, os.path.join(out_dir, f'samples_round{round}.jsonl'), k, max_new_tokens, temperature,
-                        seed * 1000 + round, f'round {round}: explore')
+        found = evaluation.explore(sampler, questions, os.path.join(out_dir, f'samples_round{round}.jsonl'), k, max_new_tokens,
+                                   temperature, seed * 1000 + round, f'round {round}: explore')
         drawn += len(questions) * k
         flat = [record for records in found for record in records]
         share_correct = sum(r['correct'] for r in flat) / len(flat)
