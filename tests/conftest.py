@@ -58,7 +58,8 @@ def model(request, bpe):
     return loud(Transformer(tiny_config(bpe.vocab_size + 7, **(GPT2 if request.param == 'gpt2' else {}))))
 
 
-THREADS = os.environ.get('OMP_NUM_THREADS', '2')
+# Models this small gain nothing from a second thread, and beside another busy process two threads that wait for each other are slow.
+THREADS = os.environ.get('OMP_NUM_THREADS', '1')
 torch.set_num_threads(int(THREADS))
 
 
