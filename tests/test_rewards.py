@@ -332,6 +332,16 @@ def test_clip_and_delta_by_their_identities(K):
     assert torch.allclose(returns(both), torch.cat([clipped[:-1], torch.zeros(1)]), atol=1e-6) and (returns(both) <= 1e-6).all()
 
 
+def test_refinements_of_a_responses_scores(bpe):
+    r = response(bpe, ' a\nb\nc\n#### 10')
+    ends = [end for end, _ in r.lines]
+    scores = torch.zeros(len(r.ids))
+    scores[ends] = torch.tensor([0.9, 0.2, 0.7, 0.4])
+    for refine, expected in (('none', [0.9, 0.2, 0.7, 0.4]), ('clip', [0, -0.3, 0, -0.1]), ('delta', [0.7, -0.5, 0.7, 0]),
+                             ('clip_delta', [0.3, -0.3, 0, 0])):  # first clipped, then the difference
+        assert rewards.prm_rewards([r], [scores], refine, 0.5)[0, ends].tolist() == pytest.approx(expected, abs=1e-6), refine
+
+
 def test_clip_and_delta_by_hand():
     r = torch.tensor([0.9, 0.2, 0.7, 0.4])
     assert clip_rewards(r, 0.5).tolist() == pytest.approx([0, -0.3, 0, -0.1])
