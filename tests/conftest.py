@@ -7,6 +7,9 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+# Models this small gain nothing from a second thread, and beside another busy process two threads that wait for each other are slow.
+# For the scripts that tests start as well: bit-equal is promised for equally many threads.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')      # a test that reaches for the network is a mistake: it should fail at once
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
@@ -58,17 +61,13 @@ def model(request, bpe):
     return loud(Transformer(tiny_config(bpe.vocab_size + 7, **(GPT2 if request.param == 'gpt2' else {}))))
 
 
-# Models this small gain nothing from a second thread, and beside another busy process two threads that wait for each other are slow.
-THREADS = os.environ.get('OMP_NUM_THREADS', '1')
-torch.set_num_threads(int(THREADS))
 
 
 @pytest.fixture
 def script():
     """script('sft.py', flags ..., code=0) runs a script as a user would and checks its exit code."""
     def run(*command, code=0):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
-                              env=os.environ | {'OMP_NUM_THREADS': THREADS})
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == code, f'{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}'
         return done
     return run

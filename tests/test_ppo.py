@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, THREADS, loud, tiny_config
+from conftest import ROOT, loud, tiny_config
 
 import ppo
 import rewards
@@ -347,7 +347,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(script, coin, tmp_path):
     flags = ['--n_iterations=6', '--eval_interval=2', '--critic=separate', '--replay=0.3', '--kl_target=2.0']
     run_ppo(script, coin, tmp_path / 'whole', *flags)
     command = [sys.executable, 'ppo.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--out_dir={tmp_path}/parts', *RUN, *flags]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {'OMP_NUM_THREADS': THREADS})
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while process.poll() is None:  # killed after the third iteration, so that the third is done again
         if (tmp_path / 'parts' / 'log.jsonl').exists() and len(iterations(tmp_path / 'parts')) >= 3:
             process.send_signal(signal.SIGKILL)
