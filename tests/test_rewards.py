@@ -536,4 +536,6 @@ def test_rerank_and_the_orm_as_a_filter(coin, judges, script, tmp_path):
     script(*ei, f'--out_dir={tmp_path}/ei', '--reward=orm', f'--reward_model={judges}/orm', '--tau=0.5')
     row = [row for row in map(json.loads, open(tmp_path / 'ei' / 'log.jsonl')) if 'new_right' in row][0]
     assert row['new_right'] > 0.9 and row['new_solutions'] >= 10 and row['share_correct'] < 0.8
+    # a score is below 1, and it is the score that counts, not the answer
+    assert 'scores 1.0' in script(*ei, f'--out_dir={tmp_path}/all', '--reward=orm', f'--reward_model={judges}/orm', '--tau=1.0', code=2).stderr
     assert 'reward_model' in script(*ei, f'--out_dir={tmp_path}/no', '--reward=orm', code=2).stderr
