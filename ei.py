@@ -104,7 +104,7 @@ if __name__ == '__main__':
     worked = problems[:n_worked or None]
     questions = problems[:n_questions or None]
     policy_from = read_run(out_dir)['init_from'] if resume else init_from
-    tok = load_tokenizer(policy_from)
+    tok = load_tokenizer(policy_from, conditioned=False)
     policy = Transformer.from_pretrained(policy_from, device, dtype)
     if reset == 'base':
         config_from_hf(read_json(os.path.join(find_checkpoint(base), 'config.json')), base)  # not after hours of sampling

@@ -7,12 +7,16 @@ rerank@K the sample that a reward model scores highest is right      (with --sco
 weighted@K  a vote in which each sample counts by its score is right  (with --scorer)
 pass@K   any of K samples is right
 
+and beside them what RL's exploration comes to: unique equation sequences a problem, the share of problems that no sample solves,
+and (--compare) how many of a run's equation sequences were among another's samples already.
+
 The metrics are pure functions of records, one a problem, which are written as they come: an evaluation that was stopped
 goes on where it was. A sample that did not finish within its budget counts as wrong, here and in training.
 
 $ python eval.py --init_from=out/demo_ei --task=arithmetic --k=16
 $ python eval.py --init_from=out/gsm8k_ei --task=gsm8k            # maj@96 and pass@96, on one GPU
 $ python eval.py --init_from=out/demo_ei --scorer=out/demo_orm    # and rerank@K, by an outcome reward model
+$ python eval.py --init_from=out/demo_rcrl --condition=bad        # a return-conditioned policy that is told [BAD]
 $ python eval.py --compare out/demo_sft out/demo_ei               # one table, and where the two differ
 """
 import json
@@ -39,7 +43,8 @@ temperature = 0.7     # of the K samples; paper: 0.7 (as recalled)
 top_k = 0             # 0: all
 top_p = 1.0           # 1: all
 scorer = ''           # a reward model (python rewards.py config/demo_orm.py): adds rerank@K and weighted@K
-few_shot = 0          # worked examples before the question, from the validation slice: for a base model, 2
+few_shot = 0          # worked examples before the question, the first of the validation slice: for a base model, 2
+condition = 'good'    # what a return-conditioned policy (rcrl.py) is told before its lines: 'good', 'bad' or 'none'
 max_new_tokens = 256  # budget of every sample
 max_rows = 256        # samples decoded at a time
 micro_tokens = 16384  # tokens that the scorer reads at a time, padding included
@@ -106,21 +111,40 @@ def judge(sample, problem, tokenizer, stop=()):
             'correct': sample.finished and rewards.is_correct(text, problem.answer)}
 
 
-def explore(sampler, problems, path, k, max_new_tokens, temperature, seed, desc):
-    """Draws k samples of each problem and returns them as [[record]], a list a problem; a record is judge's plus 'ids'.
+def overlap(before, after):
+    """(n, m): of the m different equation sequences among samples `after` of a problem, n are among the samples `before`."""
+    old, new = ({rewards.equations(s['text']) for s in samples} for samples in (before, after))
+    return len(old & new), len(new)
+
+
+def answered_example(problem, text, tokenizer):
+    """What a base model wrote after worked examples, as a row to learn from or to score: without the examples, up to the line with
+    the answer and an EOS."""
+    text = rewards.completion(rewards.answered(text).strip())
+    prompt, ids = tokenizer.encode_pair(rewards.prompt(problem.question), text)
+    return Example(prompt + ids + [tokenizer.eos], len(prompt))
+
+
+def explore(sampler, problems, path, k, max_new_tokens, temperature, seed, desc, examples=()):
+    """Draws k samples of each problem and returns them as [[record]], a list a problem; a record is judge's plus 'ids', a completion
+    to learn from. Where a base model was shown worked examples these end with the answer's line and an EOS, whatever came then.
 
     Each problem is a line of the file `path`, written as it comes. What is there already is not drawn again; since a
     sample depends on seed and question alone, an exploration in pieces equals one in a single go."""
-    rows = read_rows(path)
+    rows, stop, tok = read_rows(path), (rewards.NEXT_QUESTION,) if examples else (), sampler.tokenizer
     with open(path, 'a', encoding='utf-8') as f:
         chunk = max(1, 4 * sampler.max_rows // k)  # problems a time: enough to fill some batches
         progress = bar(desc=desc, total=len(problems))
         progress.update(len(rows))
         for i in range(len(rows), len(problems), chunk):
             todo = problems[i:i + chunk]
-            samples = answer(sampler, [rewards.prompt(p.question) for p in todo], k, max_new_tokens, temperature, seed=seed)
+            samples = answer(sampler, [rewards.prompt(p.question, examples) for p in todo], k, max_new_tokens, temperature, stop=stop, seed=seed)
             for j, p in enumerate(todo):
-                records = [judge(s, p, sampler.tokenizer) | {'ids': s.ids} for s in samples[j * k:(j + 1) * k]]
+                records = [judge(s, p, tok, stop) | {'ids': s.ids} for s in samples[j * k:(j + 1) * k]]
+                if examples:
+                    for record in records:
+                        row = answered_example(p, record['text'], tok)
+                        record['ids'] = row.ids[row.n_prompt:]
                 rows.append({'question': p.question, 'samples': records})
                 f.write(json.dumps(rows[-1]) + '\n')
             f.flush()
@@ -139,10 +163,11 @@ def with_scores(records, scores):
             for record, s in zip(records, scores)]
 
 
-def greedy_accuracy(sampler, problems, max_new_tokens):
+def greedy_accuracy(sampler, problems, max_new_tokens, examples=()):
     """maj@1: the share of problems whose greedy solution is right."""
-    samples = answer(sampler, [rewards.prompt(p.question) for p in problems], 1, max_new_tokens, 0, desc='maj@1')
-    return sum(judge(s, p, sampler.tokenizer)['correct'] for s, p in zip(samples, problems)) / len(problems)
+    stop = (rewards.NEXT_QUESTION,) if examples else ()
+    samples = answer(sampler, [rewards.prompt(p.question, examples) for p in problems], 1, max_new_tokens, 0, stop=stop, desc='maj@1')
+    return sum(judge(s, p, sampler.tokenizer, stop)['correct'] for s, p in zip(samples, problems)) / len(problems)
 
 
 def summarize(records):
@@ -161,6 +186,7 @@ def summarize(records):
                                        for r, w, c in zip(records, scores, correct)]
         for k in sorted({2 ** i for i in range(K.bit_length()) if 2 ** i <= K} | {K}):
             values[f'pass@{k}'] = [pass_at_k(K, sum(c), k) for c in correct]
+        values['unsolved'] = [float(not any(c)) for c in correct]
         values['unique_equations'] = [unique_equations(r['samples']) for r in records]
     every = [r['samples'] or [r['greedy']] for r in records]
     values['tokens'] = [np.mean([s['tokens'] for s in samples]) for samples in every]
@@ -200,7 +226,7 @@ def markdown_table(summaries):
             mean, error = summary['metrics'].get(metric, (None, None))
             if mean is None:
                 cells.append('')
-            elif '@' in metric or metric == 'truncated':
+            elif '@' in metric or metric in ('truncated', 'unsolved'):
                 cells.append(f'{100 * mean:.1f}' + (f' ± {100 * error:.1f}' if error is not None else ''))
             else:
                 cells.append(f'{mean:.1f}')
@@ -219,13 +245,19 @@ def compare(folders):
         for name in names:
             with open(os.path.join(folder, name), encoding='utf-8') as f:
                 summary = json.load(f)
-            summaries[folder if len(names) == 1 else f'{folder} ({summary["task"]})'] = summary
-            records[folder, summary['task']] = read_records(os.path.join(folder, name + 'l'))[1]
+            several = len({n.removesuffix('_bad.json').removesuffix('_none.json').removesuffix('.json') for n in names}) > 1
+            summaries[run_name(folder, summary) + (f' ({summary["task"]})' if several else '')] = summary
+            if summary.get('condition', '') in ('', 'good'):
+                records[folder, summary['task']] = read_records(os.path.join(folder, name + 'l'))[1]
     print(markdown_table(summaries))
     first, last = folders[0], folders[-1]
     for t in sorted({t for _, t in records}):
         before = {r['question']: r for r in records.get((first, t), [])}
-        pairs = [(before[r['question']], r) for r in records.get((last, t), []) if r['question'] in before]
+        both = {f: [(before[r['question']], r) for r in records.get((f, t), []) if r['question'] in before] for f in folders[1:]}
+        for folder, pairs in both.items():
+            if pairs and all(r['samples'] for pair in pairs for r in pair):
+                print(f'\n{t}, {folder}: ' + explored(first, pairs))
+        pairs = both.get(last, [])
         gained = [(a, b) for a, b in pairs if b['greedy']['correct'] and not a['greedy']['correct']]
         lost = sum(a['greedy']['correct'] and not b['greedy']['correct'] for a, b in pairs)
         if first != last and pairs:
@@ -234,6 +266,24 @@ def compare(folders):
         for a, b in gained[:2]:
             print(f'\nQ: {a["question"]}\n   (answer {a["answer"]})')
             print(f'--- {first}\n{a["greedy"]["text"].strip()}\n--- {last}\n{b["greedy"]["text"].strip()}')
+
+
+def run_name(folder, summary):
+    """A row's title: the folder, and what a return-conditioned policy was told there."""
+    return folder + {'': '', 'good': ' [GOOD]', 'bad': ' [BAD]', 'none': ' (no label)'}[summary.get('condition', '')]
+
+
+def explored(first, pairs):
+    """A sentence on how much of what one run's samples hold was among those of the run `first`. pairs: [(its record, the other's)]"""
+    def share(selected):
+        counts = [overlap(a['samples'], selected(b)) for a, b in pairs]
+        there, of = (sum(column) for column in zip(*counts))
+        return f'{100 * there / max(1, of):.0f}% of {of:,}'
+
+    solved = [any(s['correct'] for s in a['samples']) for a, b in pairs if any(s['correct'] for s in b['samples'])]
+    return (f'of its different equation sequences {share(lambda r: r["samples"])}, and of the right ones '
+            f'{share(lambda r: [s for s in r["samples"] if s["correct"]])} are among the samples of {first}; of the {len(solved)} problems '
+            f'that one of its samples solves, {100 * sum(solved) / max(1, len(solved)):.0f}% are solved by one of {first}')
 
 
 if __name__ == '__main__':
@@ -251,17 +301,27 @@ if __name__ == '__main__':
     if k < 0:
         raise UserError('k must be 0 (greedy alone) or more')
     device, dtype = setup(device, dtype, seed)
-    problems = rewards.load_problems(task, split)[:n_problems or None]
+    if condition not in ('good', 'bad', 'none') or few_shot < 0:
+        raise UserError(f"condition is 'good', 'bad' or 'none', not {condition!r}, and few_shot 0 or more")
     examples = rewards.load_problems(task, 'val')[:few_shot] if few_shot else []
-    stop = ('\nQuestion:',) if few_shot else ()
+    problems = rewards.load_problems(task, split)[len(examples) if split == 'val' else 0:][:n_problems or None]
+    stop = (rewards.NEXT_QUESTION,) if few_shot else ()
     folder = find_checkpoint(init_from)
+    tok = load_tokenizer(folder)
+    if tok.labels is None:
+        if condition != 'good':
+            raise UserError(f'condition = {condition!r} is for return-conditioned policies (rcrl.py), and {init_from} is none')
+        condition = ''
+    elif few_shot:
+        raise UserError('a return-conditioned policy learned to answer: it takes no few_shot examples')
     out_dir = out_dir or (init_from if os.path.isdir(init_from) else '')
     if not out_dir:
         raise UserError('--out_dir=... is needed where init_from is no folder')
 
     # What the records depend on. With the same of it an evaluation goes on; with another it is refused, not mixed.
     task_name = os.path.basename(os.path.normpath(task))
-    records_file = os.path.join(out_dir, f'eval_{task_name}.jsonl')
+    name = f'eval_{task_name}' + (f'_{condition}' if condition in ('bad', 'none') else '')
+    records_file = os.path.join(out_dir, f'{name}.jsonl')
     keys = ('init_from', 'task', 'split', 'n_problems', 'k', 'temperature', 'top_k', 'top_p', 'scorer', 'few_shot', 'max_new_tokens',
             'seed')
     identity = {key: settings[key] for key in keys} | {'weights': os.path.getmtime(os.path.join(folder, 'config.json'))}
@@ -271,9 +331,8 @@ if __name__ == '__main__':
         if not overwrite:
             raise UserError(f'{records_file} holds an evaluation with other settings ({", ".join(changed)}); --overwrite replaces it')
         records = []
-    sampler = Sampler(Transformer.from_pretrained(folder, device), load_tokenizer(folder), max_rows, dtype)
-    reward_model = rewards.load_reward_model(scorer, sampler.tokenizer, device) if scorer else None
-    build = (lambda p: rewards.few_shot_prompt(p.question, examples)) if few_shot else (lambda p: rewards.prompt(p.question))
+    sampler = Sampler(Transformer.from_pretrained(folder, device), tok, max_rows, dtype, condition or 'none')
+    reward_model = rewards.load_reward_model(scorer, tok, device) if scorer else None
     os.makedirs(out_dir, exist_ok=True)
     with open(records_file, 'w', encoding='utf-8') as f:
         for row in [identity] + records:
@@ -283,28 +342,28 @@ if __name__ == '__main__':
         progress.update(len(records))
         for i in range(len(records), len(problems), chunk):
             todo = problems[i:i + chunk]
-            prompts = [build(p) for p in todo]
+            prompts = [rewards.prompt(p.question, examples) for p in todo]
             greedy = answer(sampler, prompts, 1, max_new_tokens, 0, stop=stop)
             drawn = answer(sampler, prompts, k, max_new_tokens, temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed) if k else []
-            judged = [judge(s, todo[j // k], sampler.tokenizer, stop) for j, s in enumerate(drawn)]
-            if scorer:  # the reward model reads the question as it was trained to, without the few-shot examples
-                heads = [sampler.tokenizer.encode_prompt(rewards.prompt(p.question)) for p in todo]
-                rows = [Example(heads[j // k] + s.ids, len(heads[j // k])) for j, s in enumerate(drawn)]
+            judged = [judge(s, todo[j // k], tok, stop) for j, s in enumerate(drawn)]
+            if scorer:  # the reward model reads a solution as it was trained to, without the few-shot examples
+                rows = [answered_example(todo[j // k], record['text'], tok) if few_shot else
+                        Example(s.prompt_ids + s.ids, len(s.prompt_ids)) for j, (s, record) in enumerate(zip(drawn, judged))]
                 judged = with_scores(judged, rewards.score(reward_model, rows, micro_tokens, dtype))
             for j, p in enumerate(todo):
                 record = {'index': i + j, 'question': p.question, 'answer': p.answer,
-                          'greedy': judge(greedy[j], p, sampler.tokenizer, stop), 'samples': judged[j * k:(j + 1) * k]}
+                          'greedy': judge(greedy[j], p, tok, stop), 'samples': judged[j * k:(j + 1) * k]}
                 f.write(json.dumps(record) + '\n')
                 records.append(record)
             f.flush()
             progress.update(len(todo))
         progress.close()
 
-    summary = {'task': task_name, 'split': split, 'problems': len(records), 'k': k, 'temperature': temperature, 'init_from': init_from,
+    summary = {'task': task_name, 'split': split, 'problems': len(records), 'k': k, 'temperature': temperature, 'condition': condition, 'init_from': init_from,
                'metrics': summarize(records)}
-    with open(os.path.join(out_dir, f'eval_{task_name}.json'), 'w') as f:
+    with open(os.path.join(out_dir, f'{name}.json'), 'w') as f:
         json.dump(summary, f, indent=2)
     truncated = summary['metrics']['truncated'][0]
     if truncated > 0.2:
         print(f'warning: {100 * truncated:.0f}% of the samples did not finish within max_new_tokens = {max_new_tokens}')
-    print(markdown_table({out_dir: summary}))
+    print(markdown_table({run_name(out_dir, summary): summary}))

@@ -7,6 +7,7 @@ mlp and which positions. Everything that differs between GPT-2, Llama, Mistral, 
 
 $ python model.py --init_from=out/demo_sft     # prints a checkpoint's shape and parameter count
 """
+import copy
 import json
 import math
 import os
@@ -187,6 +188,12 @@ class KVCache:
         self.v[layer][:, :, self.used:end] = v
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
+    def part(self, first, last):
+        """The cache of the rows first .. last alone, in the same memory."""
+        view = copy.copy(self)
+        view.k, view.v = [k[first:last] for k in self.k], [v[first:last] for v in self.v]
+        return view
+
     def select(self, rows):
         """Keeps the given rows (a LongTensor): drops finished ones, or repeats a prompt's row for each of its samples."""
         for tensors in (self.k, self.v):
@@ -237,9 +244,9 @@ class Transformer(nn.Module):
         ids: (B, T). positions: (B, T), by default the slots themselves. mask: None for plain causal attention, or
         additive fp32, broadcastable to (B, H, T, slots). cache: a KVCache, which this call extends by T slots."""
         T, start = ids.shape[1], cache.used if cache is not None else 0
-        if start + T > self.config.block_size:
-            raise UserError(f'{start + T} tokens exceed the context of {self.config.block_size}')
         if positions is None:
+            if start + T > self.config.block_size:
+                raise UserError(f'{start + T} tokens exceed the context of {self.config.block_size}')
             positions = torch.arange(start, start + T, device=ids.device)[None]
         x, rope = self.embed(ids), None
         if self.config.rope_theta:
@@ -264,6 +271,22 @@ class Transformer(nn.Module):
         self.value_head = nn.Linear(self.config.n_embd, 1, device=self.embed.weight.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        return self
+
+    def add_tokens(self, first, count):
+        """Makes the rows first .. first + count of the embedding and the output projection those of new tokens. Both grow where
+        they are shorter, to a multiple of 64; rows that only padded them are taken. Each starts as the mean of the real rows."""
+        def grown(weight):
+            mean = weight[:first].float().mean(0).to(weight.dtype)
+            new = mean.repeat(max(len(weight), math.ceil((first + count) / 64) * 64 if first + count > len(weight) else 0), 1)
+            new[:first] = weight[:first]
+            new[first + count:len(weight)] = weight[first + count:]
+            return nn.Parameter(new)
+
+        with torch.no_grad():
+            self.embed.weight = grown(self.embed.weight)
+            self.head.weight = self.embed.weight if self.config.tied else grown(self.head.weight)
+        self.config.vocab_size = self.embed.num_embeddings = self.head.out_features = len(self.embed.weight)
         return self
 
     def values(self, hidden):

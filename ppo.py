@@ -268,7 +268,7 @@ if __name__ == '__main__':
     if not (0 <= backtrack <= 1 and 0 <= replay < 1 and 0 <= eta_quantile <= 1 and 0 < replay_beta and 0 <= replay_staleness <= 1):
         raise UserError('backtrack, eta_quantile and replay_staleness are from 0 to 1, replay from 0 to below 1, replay_beta above 0')
     policy_from = read_run(out_dir)['init_from'] if resume else init_from
-    tok = load_tokenizer(policy_from)
+    tok = load_tokenizer(policy_from, conditioned=False)
     policy = Transformer.from_pretrained(os.path.join(out_dir, 'last') if resume else policy_from, device)
     reference = Transformer.from_pretrained(ref or policy_from, device, dtype).requires_grad_(False)
     if ref:

@@ -130,19 +130,19 @@ def load_problems(task, split):
     return {'train': problems[:-VALIDATION_ROWS], 'val': problems[-VALIDATION_ROWS:], 'test': problems}[split]
 
 
-def prompt(question):
-    """What the model reads; no space at the end, since tokenizers join the space to the word after it."""
-    return f'Question: {question}\nAnswer:'
+NEXT_QUESTION = '\nQuestion:'  # where a base model that was shown examples goes on to a question of its own
+
+
+def prompt(question, examples=()):
+    """What the model reads: worked examples (Problems) for a base model that has never seen the form, then the question. No space
+    at the end, since tokenizers join the space to the word after it."""
+    shown = ''.join(f'{prompt(p.question)}{completion(p.solution)}\n\n' for p in examples)
+    return f'{shown}Question: {question}\nAnswer:'
 
 
 def completion(solution):
     """What follows the prompt, up to the EOS."""
     return ' ' + solution
-
-
-def few_shot_prompt(question, examples):
-    """Worked examples (list[Problem]), then the question: for a base model that has never seen the form."""
-    return ''.join(f'{prompt(p.question)}{completion(p.solution)}\n\n' for p in examples) + prompt(question)
 
 
 # ---- Answer check ----
@@ -249,6 +249,12 @@ def _work(solution):
     return solution.rpartition('####')[0].rstrip('#') if '####' in solution else solution
 
 
+def answered(text):
+    """The text up to the end of the line with the marker that decides its answer: without what a base model writes after it."""
+    head, marker, tail = text.rpartition('####')
+    return head + marker + tail.split('\n')[0] if marker else text
+
+
 def steps(solution):
     """The lines that lead to the answer, in order; blank lines are no steps."""
     return [line for line in _work(solution).split('\n') if line.strip()]
@@ -326,10 +332,22 @@ def step_lines(ids, tokenizer):
     return lines[:-1] + [(len(ids) - 1, lines[-1][1])]
 
 
-def respond(problem, sample, tokenizer, prefix=''):
-    """A sample.Sample of the problem, drawn after the prefix's text, as a Response."""
-    right = sample.finished and is_correct(prefix + tokenizer.decode(sample.ids), problem.answer)
-    return Response(problem, prefix, sample.ids, step_lines(sample.ids, tokenizer), sample.finished, right)
+def respond(problem, sample, tokenizer, prefix='', stop=()):
+    """A sample.Sample of the problem, drawn after the prefix's text, as a Response. Of one that ended by a stop string the text
+    before that counts; the ids stay, as actions that the policy took, in its last line."""
+    text, lines = tokenizer.decode(sample.ids), step_lines(sample.ids, tokenizer)
+    for s in stop:
+        text = text.split(s)[0]
+        if len(lines) > 1 and lines[-1][1].startswith(s.strip()):
+            lines = lines[:-2] + [(lines[-1][0], lines[-2][1])]
+    right = sample.finished and is_correct(prefix + text, problem.answer)
+    return Response(problem, prefix, sample.ids, lines, sample.finished, right)
+
+
+def responses_of(problems, found, tokenizer):
+    """What eval.explore found, a list of records for each problem, as lists of Responses, without the empty ones."""
+    return [[Response(p, '', r['ids'], step_lines(r['ids'], tokenizer), r['finished'], r['correct']) for r in records if r['ids']]
+            for p, records in zip(problems, found)]
 
 
 def at_positions(responses, positions, values):
@@ -430,6 +448,7 @@ class Labelled(NamedTuple):
     ids: list
     n_prompt: int
     labels: list
+    unlearned = ()  # as in sample.Example
 
 
 def outcome_labels(response, label_at):
@@ -453,23 +472,33 @@ def balanced(groups, rng):
     return chosen + alone[True][:n] + alone[False][:n]
 
 
+def step_prefix(response, end, tokenizer):
+    """(problem, question as ids, the solution's ids up to the step's end): where rollouts that judge a step start."""
+    return response.problem, tuple(tokenizer.encode_prompt(prompt(response.problem.question))), tuple(response.ids[:end + 1])
+
+
+def rollouts_from(sampler, prefixes, counts, max_new_tokens, temperature, seed):
+    """For each prefix (step_prefix) whether each of counts[i] samples from it reaches the right answer, within what it leaves of a
+    solution's budget. A prefix is prefilled once for all of its samples. -> [[bool]]"""
+    starts = [list(question + ids) for (_, question, ids), count in zip(prefixes, counts) for _ in range(count)]
+    left = [max_new_tokens - len(ids) for (_, _, ids), count in zip(prefixes, counts) for _ in range(count)]
+    drawn = iter(answer(sampler, starts, 1, [max(1, n) for n in left], temperature, seed=seed) if starts else [])
+    outcomes = []
+    for (problem, _, ids), count in zip(prefixes, counts):
+        text = sampler.tokenizer.decode(ids)
+        outcomes.append([s.finished and len(ids) < max_new_tokens and is_correct(text + sampler.tokenizer.decode(s.ids), problem.answer)
+                         for s in (next(drawn) for _ in range(count))])
+    return outcomes
+
+
 def step_success(sampler, responses, rollouts, max_new_tokens, temperature, seed):
     """For each response the share of `rollouts` samples from the end of each of its steps that reach the right answer; for the
-    last step whether the response did. Equal prefixes are sampled once, and each is prefilled once."""
-    def prefix(r, end):
-        return tuple(sampler.tokenizer.encode_prompt(prompt(r.problem.question)) + r.ids[:end + 1])
-
-    texts = {}  # prefix -> (problem, the solution so far)
-    for r in responses:
-        for end in step_ends(r)[:-1]:
-            texts[prefix(r, end)] = r.problem, sampler.tokenizer.decode(r.ids[:end + 1])
-    drawn = answer(sampler, [list(p) for p in texts], rollouts, max_new_tokens, temperature, seed=seed) if texts else []
-    share = {}
-    for i, (p, (problem, text)) in enumerate(texts.items()):
-        right = [s.finished and is_correct(text + sampler.tokenizer.decode(s.ids), problem.answer)
-                 for s in drawn[i * rollouts:(i + 1) * rollouts]]
-        share[p] = sum(right) / rollouts
-    return [[share[prefix(r, end)] for end in step_ends(r)[:-1]] + [float(r.correct)] for r in responses]
+    last step whether the response did. Equal prefixes are sampled once."""
+    places = [[step_prefix(r, end, sampler.tokenizer) for end in step_ends(r)[:-1]] for r in responses]
+    prefixes = list(dict.fromkeys(place for row in places for place in row))
+    outcomes = rollouts_from(sampler, prefixes, [rollouts] * len(prefixes), max_new_tokens, temperature, seed)
+    share = {place: sum(right) / rollouts for place, right in zip(prefixes, outcomes)}
+    return [[share[place] for place in row] + [float(r.correct)] for r, row in zip(responses, places)]
 
 
 def fit(model, rows, steps, log, *, batch_size=64, micro_tokens=16384, lr=1e-5, min_lr=1e-6, warmup=0.03, weight_decay=0.0,
@@ -546,7 +575,7 @@ if __name__ == '__main__':
     if not 0 <= n_questions <= len(problems):
         raise UserError(f'n_questions is from 0 (all) to {len(problems)}, the rows of {task} to train on')
     problems, val_problems = problems[:n_questions or None], load_problems(task, 'val')[:heldout]
-    tok = load_tokenizer(policy_from)
+    tok = load_tokenizer(policy_from, conditioned=False)
     sampler = Sampler(Transformer.from_pretrained(policy_from, device, dtype), tok, max_rows, dtype)
     if base:
         find_checkpoint(base)
@@ -566,8 +595,7 @@ if __name__ == '__main__':
 
         found = evaluation.explore(sampler, problems, os.path.join(out_dir, f'samples_{name}.jsonl'), k, max_new_tokens, temperature,
                                    seed, f'{name}: sample')
-        groups = [[Response(p, '', s['ids'], step_lines(s['ids'], tok), s['finished'], s['correct']) for s in samples if s['ids']]
-                  for p, samples in zip(problems, found)]
+        groups = responses_of(problems, found, tok)
         if kind == 'orm':
             chosen = balanced(groups, random.Random(seed)) if balance else [r for group in groups for r in group]
             return [row(r, outcome_labels(r, label_at)) for r in chosen]

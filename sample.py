@@ -40,6 +40,7 @@ top_k = 0             # draw among the k likeliest tokens only; 0: all
 top_p = 1.0           # draw among the likeliest tokens that hold this share of the mass; 1: all
 stop = ()             # strings that end a sample, e.g. --stop='["\n\n"]'
 seed = 0
+condition = 'good'    # what a return-conditioned policy (rcrl.py) is told before its lines: 'good', 'bad' or 'none'
 device = 'auto'       # 'auto', 'cpu', 'cuda', 'mps'
 dtype = 'auto'        # of the matrix products: 'auto', 'float32', 'bfloat16'
 # -----------------------------------------------------------------------------
@@ -48,8 +49,29 @@ dtype = 'auto'        # of the matrix products: 'auto', 'float32', 'bfloat16'
 # -----------------------------------------------------------------------------
 # tokenizers: encode(text) -> ids, decode(ids) -> text, eos (id), bos (list of ids), vocab_size, save(folder)
 
+LABELS = ('[GOOD]', '[BAD]')
+
+
+class Labels(NamedTuple):
+    """What a return-conditioned policy (rcrl.py) is told before a line of its solution. A label is read, and never drawn."""
+    good: list        # ids of [GOOD]
+    bad: list         # ids of [BAD]
+    granularity: str  # 'step': a label before every line; 'solution': one before the first
+    new: bool         # two ids of their own, from vocab_size on; or the ids of the plain text
+
+
 class PromptEncoding:
     """What both kinds of tokenizer do alike."""
+    labels = None  # Labels, for a return-conditioned policy
+
+    def add_labels(self, granularity, new):
+        good, bad = ([self.vocab_size], [self.vocab_size + 1]) if new else map(self.encode, LABELS)
+        self.labels = Labels(good, bad, granularity, new)
+
+    def save_labels(self, folder):
+        if self.labels:
+            with open(os.path.join(folder, 'labels.json'), 'w') as f:
+                json.dump(self.labels._asdict(), f)
 
     def encode_prompt(self, text):
         return self.bos + self.encode(text)
@@ -103,7 +125,11 @@ class BPETokenizer(PromptEncoding):
         hf.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(self.encoding._pat_str), 'isolated'),
                                                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         hf.decoder = decoders.ByteLevel()
-        PreTrainedTokenizerFast(tokenizer_object=hf, eos_token=EOS, clean_up_tokenization_spaces=False).save_pretrained(folder)
+        hf = PreTrainedTokenizerFast(tokenizer_object=hf, eos_token=EOS, clean_up_tokenization_spaces=False)
+        if self.labels and self.labels.new:
+            hf.add_tokens(list(LABELS), special_tokens=True)  # the next two ids
+        hf.save_pretrained(folder)
+        self.save_labels(folder)
 
 
 class HFTokenizer(PromptEncoding):
@@ -122,7 +148,12 @@ class HFTokenizer(PromptEncoding):
         return self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def save(self, folder):
+        if self.labels and self.labels.new:
+            self.hf.add_tokens(list(LABELS), special_tokens=True)
+            if self.hf.convert_tokens_to_ids(list(LABELS)) != self.labels.good + self.labels.bad:
+                raise UserError(f"this tokenizer gives {' and '.join(LABELS)} other ids than its next two; take label_tokens = 'text'")
         self.hf.save_pretrained(folder)
+        self.save_labels(folder)
 
 
 EOS = '<|endoftext|>'
@@ -154,28 +185,39 @@ def learn_bpe(texts, n_merges):
     return bpe_tokenizer([bytes([b]) for b in range(256)] + [t for t in learned if len(t) > 1])
 
 
-def load_tokenizer(path):
-    """The tokenizer of a checkpoint, a run's folder or a tokenizer's folder; 'gpt2' for tiktoken's; else a hub name."""
+def load_tokenizer(path, conditioned=True):
+    """The tokenizer of a checkpoint, a run's folder or a tokenizer's folder; 'gpt2' for tiktoken's; else a hub name. UserError
+    if there is none, and unless `conditioned` for that of a return-conditioned policy, which most training cannot start from."""
     for folder in (os.path.join(path, 'best'), os.path.join(path, 'last'), path):
+        if any(os.path.exists(os.path.join(folder, name)) for name in ('bpe.json', 'tokenizer_config.json')):
+            break
+    else:
+        folder = path
+        refuse_missing_folder(path)
+        if read_run(path):
+            raise UserError(f'{path}: the run has no checkpoint yet')
+    labels = os.path.join(folder, 'labels.json')
+    labels = Labels(**read_json(labels)) if os.path.exists(labels) else None
+    if labels and not conditioned:
+        raise UserError(f'{path} is a return-conditioned policy (rcrl.py): eval.py and sample.py know what to tell it, this script does not')
+    try:
         if os.path.exists(os.path.join(folder, 'bpe.json')):
             saved = read_json(os.path.join(folder, 'bpe.json'))
-            return bpe_tokenizer([base64.b64decode(t) for t in saved['tokens']], saved['pattern'])
-        if os.path.exists(os.path.join(folder, 'tokenizer_config.json')):
-            path = folder
-            break
-    refuse_missing_folder(path)
-    if read_run(path):
-        raise UserError(f'{path}: the run has no checkpoint yet')
-    try:
-        if path == 'gpt2' and not os.path.isdir(path):
-            return BPETokenizer(tiktoken.get_encoding('gpt2'))  # from tiktoken's cache, or downloaded
-        from transformers import AutoTokenizer  # seconds to import, so only when it is needed
-        return HFTokenizer(AutoTokenizer.from_pretrained(path), path)
+            tokenizer = bpe_tokenizer([base64.b64decode(t) for t in saved['tokens']], saved['pattern'])
+        elif path == 'gpt2' and not os.path.isdir(path):
+            tokenizer = BPETokenizer(tiktoken.get_encoding('gpt2'))  # from tiktoken's cache, or downloaded
+        else:
+            from transformers import AutoTokenizer  # seconds to import, so only when it is needed
+            tokenizer = HFTokenizer(AutoTokenizer.from_pretrained(folder), path)
     except UserError:
         raise
     except Exception as error:  # offline, no such name, a broken file: many types, all of them the user's to mend
         reason = str(error).strip().split('\n')[0]
         raise UserError(f'{path}: no tokenizer could be loaded ({type(error).__name__}: {reason})') from None
+    if labels:
+        tokenizer.labels = labels
+        tokenizer.vocab_size = labels.good[0] if labels.new else tokenizer.vocab_size  # what is drawn ends where labels begin
+    return tokenizer
 
 
 def check_same_tokenizer(a, b, whose):
@@ -257,9 +299,11 @@ def draw(logits, u, temperature, top_k=0, top_p=1.0, vocab_size=None):
 # token sequences in batches
 
 class Example(NamedTuple):
-    """A token sequence of which the ids from n_prompt on are learned. n_prompt is at least 1: nothing predicts the first."""
+    """A token sequence of which the ids from n_prompt on are learned, but for those at the positions `unlearned` (from n_prompt
+    on). n_prompt is at least 1: nothing predicts the first."""
     ids: list
     n_prompt: int
+    unlearned: tuple = ()
 
 
 def micro_batches(rows, max_tokens, length=lambda e: len(e.ids)):
@@ -274,8 +318,8 @@ def micro_batches(rows, max_tokens, length=lambda e: len(e.ids)):
 
 
 def collate(examples, device, most):
-    """-> ids (B, T), padded with 0 on the right, and learned (B, T) bool, True from n_prompt to a row's end: from lengths,
-    since an id says nothing about padding. Causal attention keeps what stands on the right from the real tokens.
+    """-> ids (B, T), padded with 0 on the right, and learned (B, T) bool, True from n_prompt to a row's end: by position, since
+    an id says nothing about padding. Causal attention keeps what stands on the right from the real tokens.
 
     T - 1 is a multiple of 8 where it can, up to T = most: a CPU's matrix kernels are made anew for each shape, and with fewer
     shapes the demo's SFT ran 13% faster. (- 1: the last token is only predicted.)"""
@@ -286,6 +330,8 @@ def collate(examples, device, most):
     for row, e in enumerate(examples):
         ids[row, :len(e.ids)] = torch.tensor(e.ids)
         learned[row, e.n_prompt:len(e.ids)] = True
+        if e.unlearned:
+            learned[row, list(e.unlearned)] = False
     return ids.to(device), learned.to(device)
 
 
@@ -307,7 +353,8 @@ def epoch_order(examples, batch_size, seed, epoch):
 
 class Sample(NamedTuple):
     """One completion. A sampled EOS is its last id: an action like the others. With stop strings the ids go up to the token
-    that completed the string. finished: it ended by EOS or a stop string and not because the budget ran out."""
+    that completed the string. finished: it ended by EOS or a stop string and not because the budget ran out. Labels that a
+    return-conditioned policy was told stand neither in prompt_ids nor in ids."""
     prompt_ids: list
     ids: list
     logprobs: list  # of each id under the whole softmax at the sampling temperature (greedy: at 1), before top-k and top-p
@@ -316,31 +363,35 @@ class Sample(NamedTuple):
 
 class Sampler:
     """Sampler(model, tokenizer).generate(prompts) -> list of Sample. max_rows: samples decoded at a time; the cache takes
-    max_rows * (prompt + max_new_tokens) * 2 * n_layer * n_kv_head * head_dim numbers. dtype: of the matrix products."""
+    max_rows * (prompt + max_new_tokens) * 2 * n_layer * n_kv_head * head_dim numbers. dtype: of the matrix products. condition:
+    'good', 'bad' or 'none', what a return-conditioned policy is told before its lines; others are told nothing."""
 
-    def __init__(self, model, tokenizer, max_rows=256, dtype=torch.float32):
+    def __init__(self, model, tokenizer, max_rows=256, dtype=torch.float32, condition='good'):
         self.model, self.tokenizer, self.max_rows, self.dtype = model, tokenizer, max_rows, dtype
         self.device = model.embed.weight.device
+        self.label = getattr(tokenizer.labels, condition) if tokenizer.labels and condition != 'none' else []
 
     @torch.inference_mode()
     def generate(self, prompts, k=1, max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, stop=(), seed=0, desc=None):
         """k samples of each prompt, prompt after prompt: sample j of prompt i is result[i * k + j].
 
-        prompts: texts, or lists of ids. max_new_tokens: every row's own budget. temperature 0 is greedy. stop: strings that
-        end a sample. desc: a title for the progress bar. UserError for a bad argument, an empty prompt, and a prompt that
-        leaves no room for the budget within the model's context."""
-        for name, bad, rule in (('k', k < 1, 'at least 1'), ('max_new_tokens', max_new_tokens < 1, 'at least 1'),
+        prompts: texts, or lists of ids. max_new_tokens: every row's own budget, one number or one a prompt; labels within a solution
+        count. temperature 0 is greedy. stop: strings that end a sample. desc: a title for the progress bar. UserError for a bad
+        argument, an empty prompt, and a prompt that leaves no room for the budget within the model's context."""
+        budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        for name, bad, rule in (('k', k < 1, 'at least 1'), ('max_new_tokens', any(b < 1 for b in budgets), 'at least 1'),
                                 ('temperature', not 0 <= temperature < float('inf'), '0 (greedy) or more'),
                                 ('top_k', top_k < 0, '0 (all) or more'), ('top_p', not 0 < top_p <= 1, 'above 0 and at most 1')):
             if bad:
                 raise UserError(f'{name} must be {rule}')
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         prompts = [self.tokenizer.encode_prompt(p) if isinstance(p, str) else list(p) for p in prompts]
-        for p in prompts:
+        given = [p + self.label for p in prompts]
+        for p, whole, budget in zip(prompts, given, budgets):
             if not p:
                 raise UserError('a prompt is empty')
-            if len(p) + max_new_tokens > self.model.config.block_size:
-                raise UserError(f'a prompt of {len(p)} tokens and max_new_tokens = {max_new_tokens} exceed the context of '
+            if len(whole) + budget > self.model.config.block_size:
+                raise UserError(f'a prompt of {len(whole)} tokens and max_new_tokens = {budget} exceed the context of '
                                 f'{self.model.config.block_size} tokens')
 
         # Rows are (number of the prompt, random stream). Batches are cut from the prompts in order of length, so that
@@ -356,8 +407,8 @@ class Sampler:
         progress = bar(desc=desc, total=len(rows)) if desc else None
         for first in range(0, len(rows), self.max_rows):
             batch = rows[first:first + self.max_rows]
-            outs = self._decode([prompts[i] for i, j in batch], torch.tensor([streams[i][j] for i, j in batch]),
-                                max_new_tokens, temperature, top_k, top_p, stop)
+            outs = self._decode([given[i] for i, j in batch], torch.tensor([streams[i][j] for i, j in batch]),
+                                torch.tensor([budgets[i] for i, j in batch]), temperature, top_k, top_p, stop)
             for (i, j), (ids, logprobs, finished) in zip(batch, outs):
                 samples[i * k + j] = Sample(prompts[i], ids, logprobs, finished)
             if progress is not None:
@@ -381,47 +432,69 @@ class Sampler:
             allowed = (slots[None, :] <= slots[:, None]) & (slots >= pad[:, None])[:, None, :] | torch.eye(
                 longest, dtype=torch.bool, device=self.device)
             mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill(~allowed, -torch.inf)[:, None]
-        hidden = self.model.trunk(ids, positions, mask, cache)
-        return cache, self.model.logits(hidden[:, -1]), pad
+        # Some rows at a time: that bounds the memory of activations, and what stays in a CPU's caches is prefilled 3 times as fast.
+        last, step = [], max(1, (2048 if self.device.type == 'cpu' else 65536) // longest)
+        for i in range(0, len(prompts), step):
+            part = slice(i, i + step)
+            hidden = self.model.trunk(ids[part], positions[part], None if mask is None else mask[part], cache.part(i, i + step))
+            last.append(hidden[:, -1])
+        cache.used = longest
+        return cache, self.model.logits(torch.cat(last)), pad
 
-    def _decode(self, prompts, stream, max_new_tokens, temperature, top_k, top_p, stop):
-        """One batch of rows from prefill to the last EOS. Equal prompts must be neighbours: they are prefilled once.
+    def _decode(self, prompts, stream, budget, temperature, top_k, top_p, stop):
+        """One batch of rows from prefill to the last EOS. Equal prompts that are neighbours are prefilled once.
         Returns [(ids, logprobs, finished)]."""
         unique, source = [], []  # source: row -> its prompt's number in unique
         for p in prompts:
-            if not unique or p is not unique[-1]:
+            if not unique or p != unique[-1]:
                 unique.append(p)
             source.append(len(unique) - 1)
-        R, source = len(prompts), torch.tensor(source, device=self.device)
+        R, source, most = len(prompts), torch.tensor(source, device=self.device), int(budget.max())
         with autocast(self.device, self.dtype):
-            cache, logits, pad = self._prefill(unique, max_new_tokens)
+            cache, logits, pad = self._prefill(unique, most)
             cache.select(source)
-            logits, pad, stream = logits[source], pad[source], stream.to(self.device)
-            slots = torch.arange(cache.used + max_new_tokens, device=self.device)
+            logits, pad, stream, budget = logits[source], pad[source], stream.to(self.device), budget.to(self.device)
+            slots = torch.arange(cache.used + most, device=self.device)
             mask = None
             if pad.any():
                 hidden_slots = slots < pad[:, None]
                 mask = torch.zeros(hidden_slots.shape, dtype=self.dtype, device=self.device)
                 mask = mask.masked_fill(hidden_slots, -torch.inf)[:, None, None]  # (R, 1, 1, slots)
 
-            ids = torch.zeros(R, max_new_tokens, dtype=torch.long, device=self.device)
-            logprobs = torch.zeros(R, max_new_tokens, device=self.device)
-            length = torch.full((R,), max_new_tokens, device=self.device)
+            # A return-conditioned policy reads its label again after every line break: for as many steps as the label has ids,
+            # they take the place of what the row draws, while the other rows of the batch go on.
+            label = torch.tensor(self.label if self.label and self.tokenizer.labels.granularity == 'step' else [], dtype=torch.long, device=self.device)
+            ends_line = torch.zeros(self.model.config.vocab_size, dtype=torch.bool, device=self.device)
+            ends_line[list(self.tokenizer.newline_ids) if len(label) else []] = True
+            to_read = torch.zeros(R, dtype=torch.long, device=self.device)  # ids of the label that a row has still to read
+
+            ids = torch.zeros(R, most, dtype=torch.long, device=self.device)
+            read = torch.zeros(R, most, dtype=torch.bool, device=self.device)  # ids of labels
+            logprobs = torch.zeros(R, most, device=self.device)
+            length = budget.clone()
             finished = torch.zeros(R, dtype=torch.bool, device=self.device)
-            row = torch.arange(R, device=self.device)  # the rows still in the batch; some of them may have ended
+            done = torch.zeros(R, dtype=torch.bool, device=self.device)
+            row = torch.arange(R, device=self.device)  # the rows still in the batch; some of them may be done
             prompt_length = cache.used - pad
-            for t in range(max_new_tokens):
+            for t in range(most):
                 token = draw(logits, uniform(stream, t), temperature, top_k, top_p, self.tokenizer.vocab_size)
+                if len(label):
+                    reads = to_read[row]
+                    token = torch.where(reads > 0, label[-reads.clamp(min=1)], token)
+                    read[row, t] = reads > 0
+                    to_read[row] = torch.where(reads > 0, reads - 1, len(label) * ends_line[token])
                 ids[row, t] = token
                 logprobs[row, t] = token_logprobs(logits, token, temperature or 1.0)
                 ended = token == self.tokenizer.eos
                 if stop:
                     ended |= self._stopped(ids[row, :t + 1], stop)
-                new = row[ended & ~finished[row]]
+                going = ~done[row]
+                new = row[ended & going]
                 finished[new], length[new] = True, t + 1
-                alive = ~finished[row]
+                done[row[(ended | (budget[row] == t + 1)) & going]] = True
+                alive = ~done[row]
                 n_alive = int(alive.sum())
-                if n_alive == 0 or t + 1 == max_new_tokens:
+                if n_alive == 0:
                     break
                 # Rows that ended leave, but not one by one: that would copy the whole cache at every step.
                 if n_alive <= 0.8 * len(row):
@@ -432,8 +505,11 @@ class Sampler:
                 hidden = self.model.trunk(token[:, None], (prompt_length + t)[:, None],
                                           mask[..., :cache.used + 1] if mask is not None else None, cache)
                 logits = self.model.logits(hidden[:, 0])
-        outs = zip(ids.tolist(), logprobs.tolist(), length.tolist(), finished.tolist())
-        return [(i[:n], lp[:n], done) for i, lp, n, done in outs]
+        outs = []
+        for i, lp, labels, n, whole in zip(ids.tolist(), logprobs.tolist(), read.tolist(), length.tolist(), finished.tolist()):
+            drawn = [t for t in range(n) if not labels[t]]
+            outs.append(([i[t] for t in drawn], [lp[t] for t in drawn], whole))
+        return outs
 
     def _stopped(self, ids, stop):
         """Whether each row of ids (R, t + 1) has just completed a stop string: looks at the text of its last tokens, as many
@@ -446,10 +522,11 @@ def answer(sampler, prompts, k, max_new_tokens, temperature, **arguments):
     """Sampler.generate, but a prompt without room for its budget in the model's context gets empty samples, which count as
     wrong, instead of ending the run; UserError if that is every prompt."""
     prompts = [sampler.tokenizer.encode_prompt(p) if isinstance(p, str) else p for p in prompts]
-    room = sampler.model.config.block_size - max_new_tokens
-    fitting = [p for p in prompts if len(p) <= room] or prompts[:1]  # none: let the sampler say why
-    drawn = iter(sampler.generate(fitting, k, max_new_tokens, temperature, **arguments))
-    return [next(drawn) if len(p) <= room else Sample(p, [], [], False) for p in prompts for _ in range(k)]
+    budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    fits = [len(p) + len(sampler.label) + budget <= sampler.model.config.block_size for p, budget in zip(prompts, budgets)]
+    which = [i for i, fit in enumerate(fits) if fit] or [0]  # none: let the sampler say why
+    drawn = iter(sampler.generate([prompts[i] for i in which], k, [budgets[i] for i in which], temperature, **arguments))
+    return [next(drawn) if fit else Sample(p, [], [], False) for p, fit in zip(prompts, fits) for _ in range(k)]
 
 
 if __name__ == '__main__':
@@ -459,7 +536,7 @@ if __name__ == '__main__':
         raise UserError('which checkpoint? --init_from=out/demo_sft')
     device, dtype = setup(device, dtype, seed)
     folder = find_checkpoint(init_from)
-    sampler = Sampler(Transformer.from_pretrained(folder, device), load_tokenizer(folder), dtype=dtype)
+    sampler = Sampler(Transformer.from_pretrained(folder, device), load_tokenizer(folder), dtype=dtype, condition=condition)
     if not start and sys.stdin.isatty():
         print('a question a line; Ctrl-D ends')
     for text in [start] if start else (line.strip() for line in sys.stdin):

@@ -49,6 +49,7 @@ weight_decay = 0.0
 grad_clip = 1.0           # on the global norm; 0: none
 # evaluation
 eval_interval = 0         # updates between validations; 0: once an epoch
+keep_epochs = 0.0         # e.g. 0.5: instead validate twice an epoch, and keep every checkpoint, in out_dir/epoch_*
 eval_problems = 256       # problems of the validation slice (at most its 256) for maj@1 and the loss; as many texts of text_file
 max_new_tokens = 256      # budget of a greedy solution
 max_rows = 256            # samples decoded at a time
@@ -102,7 +103,7 @@ def loss_sum(model, examples, trunk=None):
 
 
 def n_learned(examples):
-    return sum(len(e.ids) - e.n_prompt for e in examples)
+    return sum(len(e.ids) - e.n_prompt - len(e.unlearned) for e in examples)
 
 
 @torch.no_grad()
@@ -176,17 +177,17 @@ if __name__ == '__main__':
     val_problems = rewards.load_problems(task, 'val')[:eval_problems]
     if not (text_file or 0 <= n_worked <= len(problems)):
         raise UserError(f'n_worked is from 0 (all) to {len(problems)}, the rows of {task} to train on')
-    if eval_problems < 1:
-        raise UserError('eval_problems must be at least 1')
+    if eval_problems < 1 or keep_epochs < 0 or keep_epochs and eval_interval:
+        raise UserError('eval_problems must be at least 1, keep_epochs 0 or more, and of keep_epochs and eval_interval one alone above 0')
     problems = problems[:n_worked or None]
     texts = load_texts(text_file) if text_file else [rewards.prompt(p.question) + rewards.completion(p.solution) for p in problems]
     if len(texts) <= (eval_problems if text_file else 0):
         raise UserError(f'{text_file or task}: {len(texts)} rows are too few to hold {eval_problems} out')
     texts, val_texts = (texts[:-eval_problems], texts[-eval_problems:]) if text_file else (texts, [])
     if init_from != 'scratch':
-        tok = load_tokenizer(out_dir if resume else init_from)
+        tok = load_tokenizer(out_dir if resume else init_from, conditioned=False)
     else:
-        tok = learn_bpe(texts, n_merges) if tokenizer == 'bpe' else load_tokenizer(tokenizer)
+        tok = learn_bpe(texts, n_merges) if tokenizer == 'bpe' else load_tokenizer(tokenizer, conditioned=False)
 
     # 2. model
     if init_from == 'scratch':
@@ -231,12 +232,15 @@ if __name__ == '__main__':
         if state['best'] is None or score >= state['best']:
             state['best'] = score
             model.save_pretrained(os.path.join(out_dir, 'best'), tok)
+        if keep_epochs:
+            model.save_pretrained(os.path.join(out_dir, f'epoch_{step * batch_size / len(fits):06.2f}'), tok)
         state['step'] = step
         save_state(os.path.join(out_dir, 'last'), model, tok, optimizer, state)
 
     # 4. train
     finetune(model, fits, epochs=epochs, max_steps=max_steps, batch_size=batch_size, micro_tokens=micro_tokens, lr=lr, min_lr=min_lr,
              warmup=warmup, weight_decay=weight_decay, grad_clip=grad_clip, seed=seed, dtype=dtype,
-             compile=compile == 'on' or compile == 'auto' and device.type == 'cuda', eval_interval=eval_interval, evaluate=validate,
-             log=log, optimizer=optimizer, start_step=state['step'])
+             compile=compile == 'on' or compile == 'auto' and device.type == 'cuda', log=log, evaluate=validate,
+             eval_interval=max(1, round(keep_epochs * len(fits) / batch_size)) if keep_epochs else eval_interval,
+             optimizer=optimizer, start_step=state['step'])
     print(f'best checkpoint: {out_dir}/best')

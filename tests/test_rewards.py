@@ -5,7 +5,9 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,8 +123,8 @@ def test_prompts():
     assert rewards.prompt(p.question) == 'Question: What is 1+2?\nAnswer:'
     assert rewards.completion(p.solution) == ' 1+2=<<1+2=3>>3\n#### 3'
     whole = rewards.prompt(p.question) + rewards.completion(p.solution)
-    assert rewards.few_shot_prompt('And 2+2?', [p, p]) == f'{whole}\n\n{whole}\n\nQuestion: And 2+2?\nAnswer:'
-    assert rewards.few_shot_prompt('And 2+2?', []) == rewards.prompt('And 2+2?')
+    assert rewards.prompt('And 2+2?', [p, p]) == f'{whole}\n\n{whole}\n\nQuestion: And 2+2?\nAnswer:'
+    assert rewards.prompt('And 2+2?', []) == rewards.prompt('And 2+2?')
 
 
 # ---- steps and equations ----
@@ -419,22 +421,26 @@ def test_balanced(bpe):
 class OneInFour:
     """A policy of known success: of four samples from a prefix the first is right, unless the prefix says 'lost'."""
     def __init__(self, tokenizer):
-        from types import SimpleNamespace
-        self.tokenizer, self.asked = tokenizer, []
+        self.tokenizer, self.asked, self.label = tokenizer, Counter(), []
         self.model = SimpleNamespace(config=SimpleNamespace(block_size=1000))
 
     def generate(self, prompts, k, max_new_tokens, temperature, seed):
-        self.asked += [self.tokenizer.decode(p) for p in prompts]
-        lost = ['lost' in self.tokenizer.decode(p) for p in prompts]
-        return [Sample(p, self.tokenizer.encode('#### 10' if j % 4 == 0 and not bad else '#### 9') + [self.tokenizer.eos], [], True)
-                for p, bad in zip(prompts, lost) for j in range(k)]
+        samples = []
+        for p in prompts:
+            text = self.tokenizer.decode(p)
+            for _ in range(k):
+                right = self.asked[text] % 4 == 0 and 'lost' not in text
+                samples.append(Sample(p, self.tokenizer.encode('#### 10' if right else '#### 9') + [self.tokenizer.eos], [], True))
+                self.asked[text] += 1
+        return samples
 
 
 def test_step_labels_against_a_policy_of_known_success(bpe):
     sampler = OneInFour(bpe)
     rs = [response(bpe, ' a\nb\n#### 10'), response(bpe, ' a\nlost\n#### 9'), response(bpe, ' #### 10'), response(bpe, ' a\nb\n#### 9')]
     assert rewards.step_success(sampler, rs, 8, 20, 1.0, 0) == [[0.25, 0.25, 1.0], [0.25, 0.0, 0.0], [1.0], [0.25, 0.25, 0.0]]
-    assert len(sampler.asked) == 3 and sampler.asked[0].endswith('Answer: a\n')  # a, a b, a lost: each once
+    # a, a b, a lost: each once
+    assert list(sampler.asked.values()) == [8, 8, 8] and next(iter(sampler.asked)).endswith('Answer: a\n')
 
 
 def test_auroc_against_all_pairs_and_calibration():

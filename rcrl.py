@@ -1,0 +1,259 @@
+"""
+Return-conditioned RL, as Havrilla et al. 2024 (section 3) do it after the Decision Transformer (Chen et al. 2021, arXiv
+2106.01345): no gradient of a reward, but a policy that reads beforehand how good its next step will be. A policy (the best of
+Expert Iteration) draws solutions; a step is [GOOD] if at least half of some rollouts from its end reach the right answer, else
+[BAD]; the pretrained base is fine-tuned on all these solutions, right ones and wrong ones, with a step's label before the step;
+and at test time the label [GOOD] is put before every step. Where Expert Iteration throws the wrong solutions away, this learns
+from them what a bad step looks like - if the policy learns what the labels mean, which the paper's authors doubted: so eval.py can
+ask it for [BAD] steps, too.
+
+What differs from the paper: sampled solutions that pass through a step's end count among its rollouts, which they are, and where
+they settle the label, no rollout is drawn. With granularity = 'solution' there is one label a solution, its outcome, and
+no rollout at all.
+
+$ python rcrl.py config/demo_rcrl.py                     # CPU, after config/demo_ei.py
+$ python rcrl.py config/demo_rcrl.py --init_from=resume  # goes on where a stopped run was
+$ python rcrl.py config/gsm8k_smollm2_rcrl.py            # one GPU
+"""
+import json
+import math
+import os
+import random
+from collections import Counter
+
+import eval as evaluation
+import rewards
+from config import Log, UserError, bar, override, read_rows, read_run, start_run
+from model import Transformer, find_checkpoint, load_state, make_optimizer, save_state, setup
+from sample import Example, Sampler, check_same_tokenizer, load_tokenizer
+from sft import finetune, n_learned, solution_examples
+
+# -----------------------------------------------------------------------------
+# data
+task = 'arithmetic'       # data/<task>/, or a folder with train.jsonl and test.jsonl
+n_questions = 0           # rows of train to sample, the first ones, by their final answers alone; 0: all
+n_worked = 0              # rows of train whose human solutions are known, the first ones; 0: all
+include_sft = True        # whether these join the solutions to learn from, all their steps [GOOD]
+# policy
+init_from = 'out/ei'      # the policy whose solutions are labelled, or 'resume'
+base = ''                 # the pretrained checkpoint that fine-tuning starts from
+# samples and labels
+k = 4                     # solutions a question
+temperature = 1.0         # of the solutions, and of the rollouts that judge their steps
+max_new_tokens = 256      # budget of a solution
+max_rows = 256            # samples decoded at a time
+granularity = 'step'      # 'step': a label before every step; 'solution': one before the first, whether the answer is right
+rollouts = 8              # samples from the end of a step that judge it, the solution itself among them
+threshold = 0.5           # a step is [GOOD] if this share of them is right; paper: 0.5 (as recalled)
+label_tokens = 'new'      # 'new': two more rows of the vocabulary; 'text': the plain text "[GOOD]" and "[BAD]"
+unlabelled = 0.0          # share of solutions that are learned without labels; without any, condition = 'none' is a text never seen
+# what is learned from: a share of 0 takes all there is
+right_share = 0.75        # share of right solutions; the paper found an even mix of good and bad the worst
+good_share = 0.0          # share of [GOOD] among the steps that are learned; the others are read, with their labels
+# fine-tuning, as in sft.py
+epochs = 4.0
+max_steps = 0             # updates; 0: as many as `epochs` takes
+batch_size = 128
+micro_tokens = 16384
+lr = 2e-5
+min_lr = 2e-7
+warmup = 0.03
+weight_decay = 0.0
+grad_clip = 1.0
+# evaluation
+eval_interval = 0         # updates between validations; 0: once an epoch
+eval_problems = 256       # problems of the validation slice for maj@1 after [GOOD]
+# run
+out_dir = 'out/rcrl'
+overwrite = False         # replace the run that out_dir holds
+seed = 0
+device = 'auto'           # 'auto', 'cpu', 'cuda', 'mps'
+dtype = 'auto'            # of the matrix products: 'auto', 'float32', 'bfloat16'; weights are fp32
+compile = 'auto'          # 'on', 'off', or 'auto': on CUDA only
+# -----------------------------------------------------------------------------
+
+
+# -----------------------------------------------------------------------------
+# labels
+
+def verdict(outcomes, rollouts, threshold):
+    """What the outcomes so far (bools) of a step's `rollouts` say: True, the share `threshold` of all is right; False, that can no
+    longer be; None, it is open."""
+    needed = math.ceil(threshold * rollouts - 1e-9)  # a product of floats can end up just above a whole number
+    if sum(outcomes) >= needed:
+        return True
+    return False if len(outcomes) - sum(outcomes) > rollouts - needed else None
+
+
+def step_labels(sampler, responses, rollouts, threshold, max_new_tokens, temperature, seed):
+    """-> ([[bool]], Counter): for each response whether each of its steps is good, and the rollouts drawn for each problem.
+
+    A step's outcomes are those of the given responses that pass through its end, and where these leave it open, of as many fresh
+    samples from there as make `rollouts`. The last step, which holds the answer, is as good as the answer is right."""
+    places = [[rewards.step_prefix(r, end, sampler.tokenizer) for end in rewards.step_ends(r)[:-1]] for r in responses]
+    outcomes = {place: [] for row in places for place in row}
+    for r, row in zip(responses, places):
+        for place in row:
+            if len(outcomes[place]) < rollouts:
+                outcomes[place].append(r.correct)
+    unsettled = [place for place, so_far in outcomes.items() if verdict(so_far, rollouts, threshold) is None]
+    counts = [rollouts - len(outcomes[place]) for place in unsettled]
+    drawn = Counter()
+    for place, count, new in zip(unsettled, counts, rewards.rollouts_from(sampler, unsettled, counts, max_new_tokens, temperature, seed)):
+        outcomes[place] += new
+        drawn[place[0]] += count
+    return [[verdict(outcomes[place], rollouts, threshold) for place in row] + [r.correct] for r, row in zip(responses, places)], drawn
+
+
+# -----------------------------------------------------------------------------
+# the data set
+
+def with_share(good, share, rng):
+    """good: bools. -> the numbers, in order, of the largest random subset of which the share `share` is good; 0: of all."""
+    if not share:
+        return list(range(len(good)))
+    yes, no = [i for i, g in enumerate(good) if g], [i for i, g in enumerate(good) if not g]
+    n = min(len(yes) / share, len(no) / (1 - share) if share < 1 else math.inf)
+    return sorted(rng.sample(yes, min(len(yes), round(n * share))) + rng.sample(no, min(len(no), round(n * (1 - share)))))
+
+
+def labelled_example(prompt_ids, ids, ends, good, tokenizer, learned=None):
+    """A solution's ids with a label before each line of a step, or before the first alone (tokenizer.labels), just as the
+    sampler inserts them: after the prompt and after every token with a line break. ends: the number of each step's last id.
+    good: a bool for each step; None: no labels. learned: the steps that are; None: all. Labels never are."""
+    labels, out, unlearned, step, starts_line = tokenizer.labels, list(prompt_ids), [], 0, True
+    for i, token in enumerate(ids):
+        if i > ends[step]:
+            step += 1
+        if good is not None and starts_line and (i == 0 or labels.granularity == 'step'):
+            label = labels.good if good[step] else labels.bad
+            unlearned += range(len(out), len(out) + len(label))
+            out += label
+        if learned is not None and step not in learned:
+            unlearned.append(len(out))
+        out.append(token)
+        starts_line = token in tokenizer.newline_ids
+    return Example(out, len(prompt_ids), tuple(unlearned))
+
+
+if __name__ == '__main__':
+    settings = override(globals())
+    device, dtype = setup(device, dtype, seed)
+    resume = init_from == 'resume'
+    if resume and not read_run(out_dir):
+        raise UserError(f'{out_dir}: there is no run to resume')
+
+    # 0. everything that can be wrong with the input, before anything is written
+    for name, allowed in (('granularity', ('step', 'solution')), ('label_tokens', ('new', 'text'))):
+        if settings[name] not in allowed:
+            raise UserError(f'{name} is one of {allowed}, not {settings[name]!r}')
+    if min(k, rollouts, eval_problems) < 1 or temperature <= 0 or not 0 < threshold <= 1:
+        raise UserError('k, rollouts and eval_problems must be at least 1, temperature above 0, threshold above 0 and at most 1')
+    if not (0 <= right_share <= 1 and 0 <= good_share <= 1 and 0 <= unlabelled < 1):
+        raise UserError('right_share and good_share are from 0 (all there is) to 1, unlabelled is from 0 to below 1')
+    if granularity == 'solution' and good_share:
+        raise UserError("with granularity = 'solution' there are no labels of steps: right_share sets the mix")
+    if not base:
+        raise UserError('fine-tuning needs the checkpoint to start from: --base=out/demo_base')
+    problems = rewards.load_problems(task, 'train')
+    if not all(0 <= n <= len(problems) for n in (n_questions, n_worked)):
+        raise UserError(f'n_questions and n_worked are from 0 (all) to {len(problems)}, the rows of {task} to train on')
+    val_problems = rewards.load_problems(task, 'val')[:eval_problems]
+    worked, questions = problems[:n_worked or None] if include_sft else [], problems[:n_questions or None]
+    policy_from = read_run(out_dir)['init_from'] if resume else init_from
+    tok = load_tokenizer(policy_from, conditioned=False)
+    find_checkpoint(base)
+    check_same_tokenizer(load_tokenizer(base, conditioned=False), tok, f'{base} and {policy_from}')
+    sampler = Sampler(Transformer.from_pretrained(policy_from, device, dtype), tok, max_rows, dtype)
+    start_run(settings, resume, overwrite)
+    log = Log(out_dir, resume)
+
+    # 1. solutions: right ones and wrong ones
+    found = evaluation.explore(sampler, questions, os.path.join(out_dir, 'samples.jsonl'), k, max_new_tokens, temperature, seed, 'sample')
+    groups = rewards.responses_of(questions, found, tok)
+
+    # 2. is a step good? A line a question, written as it comes: of each of its solutions the labels of the steps
+    path = os.path.join(out_dir, 'labels.jsonl')
+    rows = read_rows(path)
+    if granularity == 'step':
+        chunk = max(1, 4 * max_rows // (2 * k))  # questions a time: enough rollouts to fill some batches
+        progress = bar(desc='label', total=len(questions))
+        progress.update(len(rows))
+        with open(path, 'a') as f:
+            for start in range(len(rows), len(questions), chunk):
+                todo = groups[start:start + chunk]
+                judged, drawn = step_labels(sampler, [r for group in todo for r in group], rollouts, threshold, max_new_tokens,
+                                            temperature, seed * 1000 + 1)
+                judged = iter(judged)
+                rows += [{'labels': [next(judged) for _ in group], 'rollouts': drawn[p]} for p, group in zip(questions[start:], todo)]
+                f.writelines(json.dumps(row) + '\n' for row in rows[start:])
+                f.flush()
+                progress.update(len(todo))
+        progress.close()
+    else:
+        rows = [{'labels': [[r.correct] * len(r.lines) for r in group], 'rollouts': 0} for group in groups]
+    del sampler  # and the policy with it: its memory is needed now
+
+    # 3. the data set: each solution once, in the wanted mix of right and wrong ones and of good and bad steps
+    solutions = {}  # (question, ids) -> (the response, its labels)
+    for p, e in zip(worked, solution_examples(worked, tok)):
+        ids = e.ids[e.n_prompt:]
+        solutions[p.question, tuple(ids)] = rewards.Response(p, '', ids, rewards.step_lines(ids, tok), True, True), None
+    for group, row in zip(groups, rows):
+        for r, labels in zip(group, row['labels']):
+            solutions.setdefault((r.problem.question, tuple(r.ids)), (r, labels))
+    rng = random.Random(seed)
+    solutions = list(solutions.values())
+    chosen = [solutions[i] for i in with_share([r.correct for r, _ in solutions], right_share, rng)]
+    chosen = [(r, labels or [True] * len(r.lines)) for r, labels in chosen]
+    steps = [(i, step, g) for i, (r, labels) in enumerate(chosen) for step, g in enumerate(labels)]
+    taken = [steps[i] for i in with_share([g for _, _, g in steps], good_share, rng)]
+    learned = [set() for _ in chosen]
+    for i, step, _ in taken:
+        learned[i].add(step)
+    tok.add_labels(granularity, label_tokens == 'new')
+    model = Transformer.from_pretrained(os.path.join(out_dir, 'last') if resume and os.path.exists(os.path.join(out_dir, 'last')) else base,
+                                        device)
+    dataset = [labelled_example(tok.encode_prompt(rewards.prompt(r.problem.question)), r.ids, rewards.step_ends(r),
+                                labels if rng.random() >= unlabelled else None, tok, which)
+               for (r, labels), which in zip(chosen, learned) if which]
+    dataset = [e for e in dataset if len(e.ids) <= model.config.block_size + 1]
+    if not dataset:
+        raise UserError(f'nothing to learn from: of {len(solutions):,} solutions {sum(r.correct for r, _ in solutions):,} are right, and '
+                        f'right_share = {right_share} and good_share = {good_share} leave none (0 takes all there is)')
+    log(0, solutions=len(solutions), solutions_right=sum(r.correct for r, _ in solutions) / len(solutions), dataset=len(dataset),
+        dataset_right=sum(r.correct for r, _ in chosen) / len(chosen), steps_good=sum(g for _, _, g in steps) / len(steps),
+        learned_steps=len(taken), learned_good=sum(g for _, _, g in taken) / len(taken), learned_tokens=n_learned(dataset),
+        rollouts_drawn=sum(row['rollouts'] for row in rows))
+
+    # 4. fine-tune the base on them, labels read and not learned
+    resumed = resume and os.path.exists(os.path.join(out_dir, 'last'))
+    if label_tokens == 'new' and not resumed:
+        model.add_tokens(tok.vocab_size, 2)
+    optimizer = make_optimizer(model, lr, weight_decay)
+    state = load_state(os.path.join(out_dir, 'last'), optimizer) if resumed else {'step': 0, 'best': -1.0}
+
+    def maj1(condition):
+        return evaluation.greedy_accuracy(Sampler(model, tok, max_rows, dtype, condition), val_problems, max_new_tokens)
+
+    def validate(step, optimizer):
+        """maj@1 after [GOOD]; keeps the best policy, and in last/ what resuming needs. Ties go to the later step."""
+        good = maj1('good')
+        log(step, val_maj1=good)
+        if good >= state['best']:
+            state['best'] = good
+            model.save_pretrained(os.path.join(out_dir, 'best'), tok)
+        state['step'] = step
+        save_state(os.path.join(out_dir, 'last'), model, tok, optimizer, state)
+
+    finetune(model, dataset, epochs=epochs, max_steps=max_steps, batch_size=batch_size, micro_tokens=micro_tokens, lr=lr, min_lr=min_lr,
+             warmup=warmup, weight_decay=weight_decay, grad_clip=grad_clip, seed=seed, dtype=dtype,
+             compile=compile == 'on' or compile == 'auto' and device.type == 'cuda', eval_interval=eval_interval, evaluate=validate,
+             log=log, optimizer=optimizer, start_step=state['step'], desc='rcrl')
+
+    # 5. do the labels mean anything?
+    model = Transformer.from_pretrained(os.path.join(out_dir, 'best'), device)
+    after = {condition: maj1(condition) for condition in ('good', 'bad', 'none')}
+    log(state['step'], **{f'val_maj1_{condition}': accuracy for condition, accuracy in after.items()})
+    print(f'maj@1 on the validation slice after [GOOD] {after["good"]:.3f}, after [BAD] {after["bad"]:.3f}, without a label {after["none"]:.3f}: '
+          f'{out_dir}/best')
