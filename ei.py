@@ -6,6 +6,9 @@ base is fine-tuned on D_i from the start again. The round's model draws the next
 a reward anywhere: the reward is a filter, and learning is SFT on what passes it. With reward = 'orm' the filter is an outcome
 reward model's score, and no final answer is looked at.
 
+From a pretrained model without any SFT, few_shot = 2 shows it worked examples in the first round; from the second on the policy
+has learned the form from its own right solutions, and reads the question alone.
+
 What differs from the paper: de-duplication by the exact sequence of annotated equations per question, the first one kept.
 
 $ python ei.py config/demo_ei.py                     # CPU, after config/demo_sft.py
@@ -31,6 +34,7 @@ include_sft = True        # whether D_0 holds them; without, D_0 is empty
 init_from = 'out/sft'     # the policy that draws the first round's samples, or 'resume'
 base = ''                 # the pretrained checkpoint that fine-tuning starts from; needed with reset = 'base'
 reset = 'base'            # every round fine-tunes from 'base' (paper) or from the 'previous' round's policy
+few_shot = 0              # worked examples before a question in the first round: for a base model without SFT, 2 (paper)
 # exploration
 n_rounds = 2              # paper: 2 from an SFT checkpoint (as recalled), 4 to 5 from a pretrained one
 k = 96                    # samples a question and round; paper: 96; 4 is a cheap choice that works too (as recalled)
@@ -100,7 +104,10 @@ if __name__ == '__main__':
     problems = rewards.load_problems(task, 'train')
     if not all(0 <= n <= len(problems) for n in (n_questions, n_worked)):
         raise UserError(f'n_questions and n_worked are from 0 (all) to {len(problems)}, the rows of {task} to train on')
-    val_problems = rewards.load_problems(task, 'val')[:eval_problems]
+    val_problems = rewards.load_problems(task, 'val')
+    if not 0 <= few_shot < len(val_problems):
+        raise UserError(f'few_shot is from 0 to {len(val_problems) - 1}: the examples are the first rows of the validation slice')
+    demonstrations, val_problems = val_problems[:few_shot], val_problems[few_shot:][:eval_problems]
     worked = problems[:n_worked or None]
     questions = problems[:n_questions or None]
     policy_from = read_run(out_dir)['init_from'] if resume else init_from
@@ -112,11 +119,19 @@ if __name__ == '__main__':
     if reward not in ('sparse', 'orm') or (reward == 'orm') != bool(reward_model):
         raise UserError("reward is 'sparse', or 'orm' with a reward_model")
     scorer = rewards.load_reward_model(reward_model, tok, device) if reward == 'orm' else None
+    room = policy.config.block_size - max_new_tokens
+    too_long = sum(len(tok.encode_prompt(rewards.prompt(p.question, demonstrations))) > room for p in questions) if few_shot else 0
+    if too_long == len(questions):
+        raise UserError(f'few_shot = {few_shot} and max_new_tokens = {max_new_tokens}: no question fits the context of {policy.config.block_size}')
     start_run(settings, resume, overwrite)
     log = Log(out_dir, resume)
     print(f'{len(questions):,} questions * {k} samples * {n_rounds} rounds = {len(questions) * k * n_rounds:,} samples; '
           f'D_0 has {len(worked) if include_sft else 0:,} worked solutions')
 
+    if few_shot:
+        if too_long:
+            print(f'{too_long:,} of the questions are too long to be sampled with {few_shot} examples; they wait for the second round')
+        log(0, prompted_maj1=evaluation.greedy_accuracy(Sampler(policy, tok, max_rows, dtype), val_problems, max_new_tokens, demonstrations))
     prompt_ids = [tok.encode_prompt(rewards.prompt(p.question)) for p in questions]
 
     # D_0. The ids of a sampled solution go into the data set as they were drawn, never decoded and encoded again.
@@ -132,7 +147,8 @@ if __name__ == '__main__':
         # 1. explore: K samples of every question
         sampler = Sampler(policy, tok, max_rows, dtype)
         found = evaluation.explore(sampler, questions, os.path.join(out_dir, f'samples_round{round}.jsonl'), k, max_new_tokens,
-                                   temperature, seed * 1000 + round, f'round {round}: explore')
+                                   temperature, seed * 1000 + round, f'round {round}: explore',
+                                   demonstrations if round == 1 else ())
         drawn += len(questions) * k
         flat = [record for records in found for record in records]
         share_correct = sum(r['correct'] for r in flat) / len(flat)

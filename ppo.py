@@ -36,6 +36,7 @@ task = 'arithmetic'       # data/<task>/, or a folder with train.jsonl and test.
 n_questions = 0           # rows of train to practise on, the first ones; 0: all
 # policy
 init_from = 'out/sft'     # the policy to improve, or 'resume'
+few_shot = 0              # worked examples before every question, from the validation slice: for a base model without SFT, 2 (paper)
 ref = ''                  # the policy that the KL penalty holds on to; '': init_from
 # rollouts
 n_iterations = 250        # 250 * 16 updates = 4,000 gradient steps, the paper's (as recalled)
@@ -258,9 +259,11 @@ if __name__ == '__main__':
         raise UserError('temperature must be above 0: the greedy policy has no probability ratio')
     if n_rollouts % minibatch or n_rollouts % n_per_question:
         raise UserError(f'n_rollouts = {n_rollouts} must be a multiple of minibatch = {minibatch} and of n_per_question = {n_per_question}')
+    learned = reward in ('orm', 'orm_dense', 'prm')
+    if few_shot and learned:
+        raise UserError("few_shot goes with reward = 'sparse' or 'dense': a reward model reads solutions without worked examples before them")
     if advantage == 'group' and n_per_question < 2:
         raise UserError("advantage = 'group' compares a question's samples: n_per_question must be at least 2")
-    learned = reward in ('orm', 'orm_dense', 'prm')
     if learned != bool(reward_model):
         raise UserError(f'reward = {reward!r} needs a reward_model' if learned else f'reward = {reward!r} has no use for reward_model')
     if reward != 'prm' and (refine != 'none' or eta_quantile):
@@ -279,13 +282,17 @@ if __name__ == '__main__':
     problems = rewards.load_problems(task, 'train')
     if not 0 <= n_questions <= len(problems):
         raise UserError(f'n_questions is from 0 (all) to {len(problems)}, the rows of {task} to train on')
-    problems, val_problems = problems[:n_questions or None], rewards.load_problems(task, 'val')[:eval_problems]
+    problems, val_problems = problems[:n_questions or None], rewards.load_problems(task, 'val')
+    if not 0 <= few_shot < len(val_problems):
+        raise UserError(f'few_shot is from 0 to {len(val_problems) - 1}: the examples are the first rows of the validation slice')
+    demonstrations, val_problems = val_problems[:few_shot], val_problems[few_shot:][:eval_problems]
+    stop = (rewards.NEXT_QUESTION,) if few_shot else ()
     room = policy.config.block_size - max_new_tokens
-    fits = [p for p in problems if len(tok.encode_prompt(rewards.prompt(p.question))) <= room]
+    fits = [p for p in problems if len(tok.encode_prompt(rewards.prompt(p.question, demonstrations))) <= room]
     if not fits:
         raise UserError(f'max_new_tokens = {max_new_tokens} leaves room for {room} tokens, and no question has so few')
     if len(fits) < len(problems):
-        print(f'left out: {len(problems) - len(fits)} of {len(problems)} questions, longer than {room} tokens')
+        print(f'left out: {len(problems) - len(fits)} of {len(problems)} questions, with a prompt longer than {room} tokens')
     problems = fits
 
     # the value function: a head that starts at zero on the policy's trunk, or a transformer that starts as the policy
@@ -334,7 +341,7 @@ if __name__ == '__main__':
 
     def validate():
         """maj@1; keeps the best policy so far, and in last/ all that going on from here needs. Ties go to the later policy."""
-        maj1 = evaluation.greedy_accuracy(sampler(), val_problems, max_new_tokens)
+        maj1 = evaluation.greedy_accuracy(sampler(), val_problems, max_new_tokens, demonstrations)
         log(state['updates'], iteration=state['iteration'], samples_drawn=state['iteration'] * n_rollouts, val_maj1=maj1)
         if state['best'] is None or maj1 >= state['best']:
             state['best'] = maj1
@@ -365,7 +372,7 @@ if __name__ == '__main__':
         prefixes = [random_prefix(problems[q], rng) if rng.random() < share else '' for q in picked]
         prompts = []
         for j, q in enumerate(picked):
-            question = rewards.prompt(problems[q].question)
+            question = rewards.prompt(problems[q].question, demonstrations)
             head, given = tok.encode_pair(question, rewards.completion(prefixes[j]))
             if not prefixes[j] or len(head + given) > room:
                 prefixes[j], given = '', []
@@ -373,12 +380,12 @@ if __name__ == '__main__':
             prompts.append(head + given)
 
         # 2. rollouts: n_per_question solutions of each, by temperature alone (no top-k, no top-p)
-        samples = sampler().generate(prompts, n_per_question, max_new_tokens, temperature, seed=seed * 1_000_000 + iteration,
+        samples = sampler().generate(prompts, n_per_question, max_new_tokens, temperature, stop=stop, seed=seed * 1_000_000 + iteration,
                                      desc=f'iteration {iteration}: rollouts')
         rollout_seconds = time.time() - started
 
         # 3. rewards on tokens
-        responses = [rewards.respond(problems[picked[i // n_per_question]], s, tok, prefixes[i // n_per_question])
+        responses = [rewards.respond(problems[picked[i // n_per_question]], s, tok, prefixes[i // n_per_question], stop)
                      for i, s in enumerate(samples)]
         examples = [Example(s.prompt_ids + s.ids, len(s.prompt_ids)) for s in samples]
         outcome = rewards.sparse_rewards(responses, reward_right, reward_wrong, reward_truncated)

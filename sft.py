@@ -27,6 +27,7 @@ from sample import Example, Sampler, collate, epoch_order, learn_bpe, load_token
 task = 'arithmetic'       # data/<task>/, or a folder with train.jsonl and test.jsonl
 n_worked = 0              # rows of train to learn from, the first ones; 0: all of them
 text_file = ''            # instead: a file of {"text": ...} rows, e.g. data/arithmetic/base.jsonl; loss on all tokens
+texts_per_row = 1         # of text_file, joined by blank lines: a base model that is to be shown worked examples has to have seen several
 # model
 init_from = 'scratch'     # 'scratch', 'resume', or a checkpoint: a run's folder, a Hugging Face folder, a hub name
 tokenizer = 'bpe'         # of a scratch model: 'bpe' (learned from the training texts), 'gpt2', a folder or a hub name
@@ -90,6 +91,11 @@ def load_texts(path):
             except (ValueError, KeyError, TypeError):
                 raise UserError(f'{path}:{number}: not a {{"text": ...}} row') from None
     return texts
+
+
+def join(texts, n):
+    """n texts a row (fewer in the last), with a blank line between them."""
+    return ['\n\n'.join(texts[i:i + n]) for i in range(0, len(texts), n)]
 
 
 def loss_sum(model, examples, trunk=None):
@@ -177,10 +183,10 @@ if __name__ == '__main__':
     val_problems = rewards.load_problems(task, 'val')[:eval_problems]
     if not (text_file or 0 <= n_worked <= len(problems)):
         raise UserError(f'n_worked is from 0 (all) to {len(problems)}, the rows of {task} to train on')
-    if eval_problems < 1 or keep_epochs < 0 or keep_epochs and eval_interval:
-        raise UserError('eval_problems must be at least 1, keep_epochs 0 or more, and of keep_epochs and eval_interval one alone above 0')
+    if min(eval_problems, texts_per_row) < 1 or keep_epochs < 0 or keep_epochs and eval_interval:
+        raise UserError('eval_problems and texts_per_row must be at least 1, keep_epochs 0 or more, and of keep_epochs and eval_interval one alone above 0')
     problems = problems[:n_worked or None]
-    texts = load_texts(text_file) if text_file else [rewards.prompt(p.question) + rewards.completion(p.solution) for p in problems]
+    texts = join(load_texts(text_file), texts_per_row) if text_file else [rewards.prompt(p.question) + rewards.completion(p.solution) for p in problems]
     if len(texts) <= (eval_problems if text_file else 0):
         raise UserError(f'{text_file or task}: {len(texts)} rows are too few to hold {eval_problems} out')
     texts, val_texts = (texts[:-eval_problems], texts[-eval_problems:]) if text_file else (texts, [])

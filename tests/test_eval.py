@@ -111,6 +111,23 @@ def test_unique_equations():
     assert unique_equations([{'text': t} for t in texts]) == 3
 
 
+def test_what_another_run_had_found():
+    samples = lambda *equations: [{'text': f'<<{e}>>', 'correct': e != 'wrong=1', 'tokens': 1, 'finished': True, 'answer': '1'} for e in equations]  # noqa: E731
+    assert evaluation.overlap(samples('1+2=3', '1+2=3', '2+1=3'), samples('1+2=3', '4-1=3', '4-1=3')) == (1, 2)
+    assert evaluation.overlap([], samples('1+2=3')) == (0, 1) and evaluation.overlap(samples('1+2=3'), []) == (0, 0)
+    # two problems: of four different sequences two were there, of three right ones one; of two solved problems one was solved before
+    pairs = [({'samples': samples('1+2=3', 'wrong=1')}, {'samples': samples('1+2=3', 'wrong=1', '4-1=3')}),
+             ({'samples': samples('wrong=1')}, {'samples': samples('2+2=4', '2+2=4')})]
+    said = evaluation.explored('out/a', pairs)
+    assert '50% of 4' in said and '33% of 3' in said and 'of the 2 problems' in said and '50% are solved by one of out/a' in said
+
+
+def test_unsolved():
+    records = [{'greedy': {'correct': False}, 'samples': [{'text': '', 'correct': c, 'answer': None, 'tokens': 1, 'finished': True} for c in row]}
+               for row in ([True, False], [False, False], [False, False], [True, True])]
+    assert summarize(records)['unsolved'][0] == 0.5 == 1 - summarize(records)['pass@2'][0]
+
+
 def test_a_prompt_without_room_is_a_wrong_answer_not_the_end(bpe):
     sampler = Sampler(loud(Transformer(tiny_config(bpe.vocab_size))), bpe)
     samples = evaluation.answer(sampler, ['A', 'Question: Tom ' * 50, 'Question: Tom'], 2, 10, 1.0)

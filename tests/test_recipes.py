@@ -12,7 +12,7 @@ from config import override
 RECIPES = sorted(name for name in os.listdir(os.path.join(ROOT, 'config')) if name.endswith('.py') and name != '__init__.py')
 
 
-SCRIPTS = {'_ppo': 'ppo', '_ei': 'ei', '_orm.': 'rewards', '_prm.': 'rewards'}  # part of a recipe's name -> its script
+SCRIPTS = {'_ppo': 'ppo', '_rcrl': 'rcrl', '_ei': 'ei', '_orm.': 'rewards', '_prm.': 'rewards'}  # part of a recipe's name -> its script
 
 
 @pytest.mark.parametrize('name', RECIPES)
@@ -58,6 +58,8 @@ def test_the_demos_chain_runs_tiny(script, tmp_path):
            f'--out_dir={tmp_path}/demo_ei', '--n_worked=20', '--n_questions=30', '--k=2')
     script('ppo.py', 'config/demo_ppo.py', *common[:1], *common[2:], f'--init_from={tmp_path}/demo_sft', f'--out_dir={tmp_path}/demo_ppo',
            '--n_questions=30', '--n_iterations=2', '--n_rollouts=32', '--minibatch=16')
+    script('rcrl.py', 'config/demo_rcrl.py', *common, f'--init_from={tmp_path}/demo_ei', f'--base={tmp_path}/demo_base', '--n_questions=10',
+           f'--out_dir={tmp_path}/demo_rcrl', '--n_worked=20', '--right_share=0')
     # the solutions that EI's first round drew from the SFT policy, of which a policy this small has none right: so labels are made
     rows = [json.loads(line) for line in open(tmp_path / 'demo_ei' / 'samples_round1.jsonl')]
     for row in rows:
@@ -66,10 +68,11 @@ def test_the_demos_chain_runs_tiny(script, tmp_path):
     script('rewards.py', 'config/demo_orm.py', common[0], *common[3:], f'--init_from={tmp_path}/demo_sft', f'--base={tmp_path}/demo_ei',
            f'--samples={tmp_path}/samples.jsonl', '--k=2', '--n_questions=30', '--batch_size=4', '--balance=False', '--heldout=8',
            f'--out_dir={tmp_path}/demo_orm')
-    for run in ('demo_sft', 'demo_ei', 'demo_ppo'):
+    for run in ('demo_sft', 'demo_ei', 'demo_ppo', 'demo_rcrl'):
         script('eval.py', f'--init_from={tmp_path}/{run}', f'--task={tmp_path}', f'--scorer={tmp_path}/demo_orm', '--k=4', '--max_new_tokens=20')
-    table = script('eval.py', '--compare', *(f'{tmp_path}/{run}' for run in ('demo_sft', 'demo_ei', 'demo_ppo'))).stdout
-    assert table.count('| 12 |') == 3 and '| maj@1 | maj@4 | rerank@4 | weighted@4 | pass@4 |' in table
+    script('eval.py', f'--init_from={tmp_path}/demo_rcrl', f'--task={tmp_path}', '--condition=bad', '--k=0', '--max_new_tokens=20')
+    table = script('eval.py', '--compare', *(f'{tmp_path}/{run}' for run in ('demo_sft', 'demo_ei', 'demo_ppo', 'demo_rcrl'))).stdout
+    assert table.count('| 12 |') == 5 and table.count('of its different equation sequences') == 3 and '| maj@1 | maj@4 | rerank@4 | weighted@4 | pass@4 |' in table
     rows = [json.loads(line) for line in open(tmp_path / 'demo_ei' / 'log.jsonl')]
     explored = [row for row in rows if 'samples_drawn' in row]
     assert [row['samples_drawn'] for row in explored] == [60, 120]

@@ -195,6 +195,17 @@ def test_other_scratch_models(script, task, tmp_path, flags):
         assert '10 examples' in out
 
 
+def test_checkpoints_that_stay(script, task, tmp_path):
+    script('sft.py', task, *TINY, '--n_worked=40', '--batch_size=8', '--max_steps=0', '--epochs=1.5', '--keep_epochs=0.5', f'--out_dir={tmp_path}/run')
+    kept = sorted(p.name for p in (tmp_path / 'run').glob('epoch_*'))
+    assert kept == ['epoch_000.40', 'epoch_000.80', 'epoch_001.20', 'epoch_001.60']  # of 5 updates an epoch every second, and the last
+    weights = [(tmp_path / 'run' / name / 'model.safetensors').read_bytes() for name in kept]
+    assert len(set(weights)) == 4 and weights[-1] == (tmp_path / 'run' / 'last' / 'model.safetensors').read_bytes()
+    script('eval.py', f'--init_from={tmp_path}/run/{kept[0]}', task, '--k=2', '--max_new_tokens=8', '--n_problems=2', '--device=cpu')
+    assert f'{tmp_path}/run/{kept[0]}' in script('eval.py', '--compare', f'{tmp_path}/run/{kept[0]}').stdout
+    assert 'one alone' in script('sft.py', task, *TINY, '--keep_epochs=0.5', '--eval_interval=5', f'--out_dir={tmp_path}/other', code=2).stderr
+
+
 def test_plain_language_model(script, task, tmp_path):
     (tmp_path / 'base.jsonl').write_text('{"text": "3+14=17"}\n{"text": "Tom has 3 apples."}\n' * 20)
     script('sft.py', task, *TINY, f'--text_file={tmp_path}/base.jsonl', f'--out_dir={tmp_path}/base')

@@ -1,0 +1,11 @@
+# The paper's PPO without SFT: Llama-2 7B on GSM8K from the pretrained weights, sparse reward (Havrilla et al. 2024, section 3).
+# $ python data/gsm8k/prepare.py && python ppo.py config/gsm8k_llama2_7b_few_shot_ppo.py
+# $ python eval.py --init_from=out/gsm8k_llama2_7b_few_shot_ppo --few_shot=2 --task=gsm8k
+# Hardware: as for gsm8k_llama2_7b_ppo_sparse, of which this is a variant.
+# Not run. The paper's maj@1: 0.05 prompted, 0.32 after PPO (as recalled).
+from config.gsm8k_llama2_7b_ppo_sparse import *
+
+init_from = 'meta-llama/Llama-2-7b-hf'
+out_dir = 'out/gsm8k_llama2_7b_few_shot_ppo'
+few_shot = 2                # worked examples before every question, in training as at evaluation
+max_rows = 64               # 64 * 1,200 tokens * 0.25 MB of bf16 keys and values = 19 GB at the most

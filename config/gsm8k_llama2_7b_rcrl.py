@@ -1,0 +1,19 @@
+# The paper's return-conditioned RL: Llama-2 7B on GSM8K (Havrilla et al. 2024, section 3), on solutions of Expert Iteration's policy.
+# $ python ei.py config/gsm8k_llama2_7b_ei.py && python rcrl.py config/gsm8k_llama2_7b_rcrl.py
+# $ python eval.py --init_from=out/gsm8k_llama2_7b_rcrl --task=gsm8k      (--condition=bad: told [BAD] before every step)
+# Hardware: as for gsm8k_llama2_7b_sft; 7,217 questions * 8 = 57,736 solutions, and at most 7 rollouts for each of their steps.
+# Not run. The paper's maj@1 after RCRL: 0.45, maj@96 0.50, rerank@96 0.54, pass@96 0.73, from SFT's 0.41, 0.47, 0.54, 0.72 (as recalled).
+task = 'gsm8k'
+init_from = 'out/gsm8k_llama2_7b_ei'
+base = 'meta-llama/Llama-2-7b-hf'
+out_dir = 'out/gsm8k_llama2_7b_rcrl'
+k = 8
+rollouts = 8
+threshold = 0.5             # paper (as recalled)
+right_share = 0.75          # the paper found an even mix the worst
+max_rows = 192              # 192 * 800 tokens * 0.25 MB of bf16 keys and values = 40 GB at the most
+epochs = 4.0                # the SFT settings
+batch_size = 128
+micro_tokens = 8192
+lr = 2e-5
+min_lr = 2e-7
