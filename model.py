@@ -110,10 +110,17 @@ def attend(q, k, v, mask):
     # faster, and a decoding step's attention 3 to 7 times. The heads of a group are stacked as queries of their key head.
     if mask is None and T > 1:
         mask = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    # What a cache has in use is no dense tensor. oneDNN would copy all of it first; MKL reads it as it is, 5 times as fast.
+    precision = torch.backends.mkldnn.matmul.fp32_precision if T == 1 else None
+    if precision:
+        torch.backends.mkldnn.matmul.fp32_precision = 'ieee'
     scores = (q * D ** -0.5).reshape(B, KV, H // KV * T, D) @ k.transpose(-1, -2)
     if mask is not None:
         scores = (scores.view(B, KV, H // KV, T, S) + (mask[:, None] if mask.dim() == 4 else mask)).view(B, KV, H // KV * T, S)
-    return (scores.softmax(dim=-1).to(v.dtype) @ v).view(B, H, T, D)
+    y = (scores.softmax(dim=-1).to(v.dtype) @ v).view(B, H, T, D)
+    if precision:
+        torch.backends.mkldnn.matmul.fp32_precision = precision
+    return y
 
 
 class Attention(nn.Module):

@@ -50,7 +50,7 @@ weight_decay = 0.0
 grad_clip = 1.0           # on the global norm; 0: none
 # evaluation
 eval_interval = 0         # updates between validations; 0: once an epoch
-keep_epochs = 0.0         # e.g. 0.5: instead validate twice an epoch, and keep every checkpoint, in out_dir/epoch_*
+keep_epochs = 0.0         # e.g. 0.5: validate twice an epoch instead, and keep every checkpoint, in out_dir/epoch_*
 eval_problems = 256       # problems of the validation slice (at most its 256) for maj@1 and the loss; as many texts of text_file
 max_new_tokens = 256      # budget of a greedy solution
 max_rows = 256            # samples decoded at a time
@@ -183,8 +183,8 @@ if __name__ == '__main__':
     val_problems = rewards.load_problems(task, 'val')[:eval_problems]
     if not (text_file or 0 <= n_worked <= len(problems)):
         raise UserError(f'n_worked is from 0 (all) to {len(problems)}, the rows of {task} to train on')
-    if min(eval_problems, texts_per_row) < 1 or keep_epochs < 0 or keep_epochs and eval_interval:
-        raise UserError('eval_problems and texts_per_row must be at least 1, keep_epochs 0 or more, and of keep_epochs and eval_interval one alone above 0')
+    if min(eval_problems, texts_per_row) < 1 or keep_epochs < 0:
+        raise UserError('eval_problems and texts_per_row must be at least 1, keep_epochs 0 or more')
     problems = problems[:n_worked or None]
     texts = join(load_texts(text_file), texts_per_row) if text_file else [rewards.prompt(p.question) + rewards.completion(p.solution) for p in problems]
     if len(texts) <= (eval_problems if text_file else 0):
