@@ -6,12 +6,13 @@ A model is a list of blocks, each x + attention(norm(x)) followed by x + mlp(nor
 mlp and which positions. Everything that differs between GPT-2, Llama, Mistral, Qwen2 and Qwen3 is one of its fields.
 
 $ python model.py --init_from=out/demo_sft     # prints a checkpoint's shape and parameter count
+$ python model.py --bench                      # what this machine's matrix products and memory reach
 """
-import copy
 import json
 import math
 import os
 import shutil
+import time
 from dataclasses import asdict, dataclass
 
 import torch
@@ -24,7 +25,9 @@ from config import UserError, override
 
 # -----------------------------------------------------------------------------
 # settings, for running this file as a script
-init_from = ''  # a checkpoint: a folder or a hub name
+init_from = ''   # a checkpoint: a folder or a hub name
+bench = False    # measure what this machine reaches: matrix products in fp32 and bf16, and copies
+device = 'auto'  # of the measurement
 # -----------------------------------------------------------------------------
 
 FAMILIES = ('gpt2', 'llama', 'mistral', 'qwen2', 'qwen3')  # Hugging Face's model_type, which is also the form of export
@@ -97,30 +100,17 @@ def rotate(x, cos, sin):
     return (x * cos + turned * sin).to(x.dtype)
 
 
-def attend(q, k, v, mask):
-    """softmax(q k' / sqrt(D) + mask) v. q (B, H, T, D); k, v (B, KV, S, D); mask additive, broadcastable to (B, 1, T, S), or
-    None: causal if T = S, and all keys for a single query, to which SDPA's is_causal would show slot 0 alone."""
-    (B, H, T, D), (KV, S) = q.shape, k.shape[1:3]
+def attend(q, k, v):
+    """Causal attention, softmax(q k' / sqrt(D)) v. q (B, H, T, D); k, v (B, KV, T, D)."""
+    (B, H, T, D), KV = q.shape, k.shape[1]
     if q.device.type != 'cpu' or T > 512:
-        if T == 1:  # the heads of a group as the queries of one head: its keys are read once instead of H / KV times
-            y = F.scaled_dot_product_attention(q.reshape(B, KV, H // KV, D), k, v, attn_mask=mask)
-            return y.view(B, H, T, D)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=KV != H)
-    # On a CPU SDPA is slow for few queries: at a length of 75 plain matrix products make a whole training step 2.5 times
-    # faster, and a decoding step's attention 3 to 7 times. The heads of a group are stacked as queries of their key head.
-    if mask is None and T > 1:
-        mask = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    # What a cache has in use is no dense tensor. oneDNN would copy all of it first; MKL reads it as it is, 5 times as fast.
-    precision = torch.backends.mkldnn.matmul.fp32_precision if T == 1 else None
-    if precision:
-        torch.backends.mkldnn.matmul.fp32_precision = 'ieee'
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=KV != H)
+    # On a CPU SDPA is slow for few queries: at a length of 75 plain matrix products make a whole training step 2.5 times faster.
+    # The heads of a group are stacked as queries of their key head.
+    mask = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
     scores = (q * D ** -0.5).reshape(B, KV, H // KV * T, D) @ k.transpose(-1, -2)
-    if mask is not None:
-        scores = (scores.view(B, KV, H // KV, T, S) + (mask[:, None] if mask.dim() == 4 else mask)).view(B, KV, H // KV * T, S)
-    y = (scores.softmax(dim=-1).to(v.dtype) @ v).view(B, H, T, D)
-    if precision:
-        torch.backends.mkldnn.matmul.fp32_precision = precision
-    return y
+    scores = (scores.view(B, KV, H // KV, T, T) + mask).view(B, KV, H // KV * T, T)
+    return (scores.softmax(dim=-1).to(v.dtype) @ v).view(B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -136,7 +126,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, mask, cache):
+    def forward(self, x, rope, cache):
         B, T, _ = x.shape
         q, k, v = self.qkv(x).split(self.split, dim=-1)
         q = self.q_norm(q.view(B, T, self.n_head, self.head_dim)).transpose(1, 2)     # (B, H, T, D)
@@ -144,9 +134,8 @@ class Attention(nn.Module):
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)                                     # (B, KV, used + T, D)
-        y = attend(q, k, v, mask).transpose(1, 2)                                     # (B, T, H, D)
+        y = attend(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)
+        y = y.transpose(1, 2)                                                         # (B, T, H, D)
         return self.out(y.reshape(B, T, self.n_head * self.head_dim))
 
 
@@ -174,40 +163,96 @@ class Block(nn.Module):
         self.norm1, self.attention = make_norm(config), Attention(config, layer)
         self.norm2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x, rope, mask, cache):
-        x = x + self.attention(self.norm1(x), rope, mask, cache)
+    def forward(self, x, rope, cache):
+        x = x + self.attention(self.norm1(x), rope, cache)
         return x + self.mlp(self.norm2(x))
 
 
 class KVCache:
-    """Keys and values of every layer, preallocated: k[l] and v[l] are (rows, n_kv_head, length, head_dim). All rows have
-    the same number of slots in use, so that appending is one slice assignment; shorter prompts are padded on the left."""
+    """Keys and values of samples that started together, so that all have equally many tokens of their own.
 
-    def __init__(self, config, rows, length, device, dtype):
-        shape = (rows, config.n_kv_head, length, config.head_dim)
-        self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.used = 0  # slots in use; Transformer.trunk moves it on after the last layer
+    Prompts are kept once, however many samples they have: prompt_k[layer], prompt_v[layer] (P, n_kv_head, longest, head_dim), padded on
+    the right. In a decoding step a prompt's keys are read once for all of its samples, as one matrix product. The samples' own
+    tokens are in blocks, k[layer][b] and v[layer][b] (rows, n_kv_head, 32, head_dim), that are added as they are needed: dense
+    tensors, since matrix products read a slice of a longer one 2 to 10 times slower."""
+    BLOCK = 32
 
-    def append(self, layer, k, v):
-        end = self.used + k.shape[2]
-        self.k[layer][:, :, self.used:end] = k
-        self.v[layer][:, :, self.used:end] = v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+    def __init__(self, config, lengths, device, dtype):
+        """lengths: (P,) of the prompts. They are filled by trunk(ids, cache=cache), some rows at a time: see `filling`."""
+        shape = (len(lengths), config.n_kv_head, int(lengths.max()), config.head_dim)
+        self.lengths, self.n_layer = lengths.to(device), config.n_layer
+        self.prompt_k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.prompt_v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.filling = slice(None)  # the prompts that trunk reads now; None: it reads a token of every sample
 
-    def part(self, first, last):
-        """The cache of the rows first .. last alone, in the same memory."""
-        view = copy.copy(self)
-        view.k, view.v = [k[first:last] for k in self.k], [v[first:last] for v in self.v]
-        return view
+    def start(self, source):
+        """From now on trunk reads samples. source: (rows,) the number of each one's prompt, ascending."""
+        self.filling, self.used = None, 0
+        self.k, self.v = [[] for _ in self.prompt_k], [[] for _ in self.prompt_v]
+        self._place(source)
 
     def select(self, rows):
-        """Keeps the given rows (a LongTensor): drops finished ones, or repeats a prompt's row for each of its samples."""
-        for tensors in (self.k, self.v):
-            for layer, old in enumerate(tensors):
-                new = old.new_empty((len(rows),) + old.shape[1:])
-                torch.index_select(old[:, :, :self.used], 0, rows, out=new[:, :, :self.used])
-                tensors[layer] = new
+        """Keeps the given rows (ascending): finished ones leave, and prompts without any."""
+        for blocks in (self.k, self.v):
+            blocks[:] = [[block.index_select(0, rows) for block in layer] for layer in blocks]
+        source = self.source[rows]
+        prompts, renumbered = source.unique(return_inverse=True)
+        if len(prompts) <= 0.7 * len(self.lengths):  # not for each of them: it is a copy
+            self.prompt_k, self.prompt_v = ([t.index_select(0, prompts) for t in tensors] for tensors in (self.prompt_k, self.prompt_v))
+            self.lengths, source = self.lengths[prompts], renumbered
+        self._place(source)
+
+    def _place(self, source):
+        """Where each row stands in a (P, width) table of the prompts' samples."""
+        P, rows = len(self.lengths), torch.arange(len(source), device=source.device)
+        count = source.bincount(minlength=P)
+        self.source, self.width = source, int(count.max())
+        self.place = source * self.width + rows - (count.cumsum(0) - count)[source]
+        self.whole = len(source) == P * self.width  # no gaps: nothing to move
+        padding = torch.arange(self.prompt_k[0].shape[2], device=source.device) >= self.lengths[source][:, None]
+        self.prompt_mask = torch.zeros(padding.shape, device=source.device).masked_fill_(padding, -torch.inf)
+
+    def _by_prompt(self, x):
+        """(rows, KV, G, N) -> (P, KV, width * G, N)"""
+        rows, KV, G, N = x.shape
+        if not self.whole:
+            table = x.new_zeros(len(self.lengths) * self.width, KV, G, N)
+            table.index_copy_(0, self.place, x)
+            x = table
+        return x.reshape(-1, self.width, KV, G, N).transpose(1, 2).reshape(-1, KV, self.width * G, N)
+
+    def _by_row(self, x, G):
+        """(P, KV, width * G, N) -> (rows, KV, G, N)"""
+        P, KV, _, N = x.shape
+        x = x.view(P, KV, self.width, G, N).transpose(1, 2).reshape(-1, KV, G, N)
+        return x if self.whole else x.index_select(0, self.place)
+
+    def attend(self, layer, q, k, v):
+        """Keeps the new keys and values, k and v (B, KV, T, D), and attends to all there are. q (B, H, T, D)."""
+        if self.filling is not None:
+            self.prompt_k[layer][self.filling, :, :k.shape[2]] = k
+            self.prompt_v[layer][self.filling, :, :k.shape[2]] = v
+            return attend(q, k, v)
+        (rows, H, _, D), KV = q.shape, k.shape[1]
+        block, slot = divmod(self.used, self.BLOCK)
+        if slot == 0:
+            for blocks in (self.k[layer], self.v[layer]):
+                blocks.append(k.new_zeros(rows, KV, self.BLOCK, D))  # zeros: what is not filled yet is multiplied by 0
+        if layer == 0:
+            own = torch.zeros(rows, (block + 1) * self.BLOCK, device=q.device)
+            own[:, self.used + 1:] = -torch.inf
+            self.mask = torch.cat((self.prompt_mask, own), -1)[:, None, None]           # (rows, 1, 1, slots)
+        self.k[layer][block][:, :, slot], self.v[layer][block][:, :, slot] = k[:, :, 0], v[:, :, 0]
+        q = (q * D ** -0.5).reshape(rows, KV, H // KV, D)                                # the heads of a group, as queries of their key head
+        scores = [self._by_row(self._by_prompt(q) @ self.prompt_k[layer].transpose(-1, -2), H // KV)]
+        scores += [q @ keys.transpose(-1, -2) for keys in self.k[layer]]
+        p = (torch.cat(scores, -1) + self.mask).softmax(-1).to(v.dtype)                  # (rows, KV, G, slots)
+        p, *own = p.split([self.prompt_mask.shape[1]] + [self.BLOCK] * (block + 1), -1)
+        y = self._by_row(self._by_prompt(p) @ self.prompt_v[layer], H // KV)
+        for p, values in zip(own, self.v[layer]):
+            y = y + p @ values
+        self.used += layer == self.n_layer - 1
+        return y.reshape(rows, H, 1, D)
 
 
 class Transformer(nn.Module):
@@ -245,33 +290,30 @@ class Transformer(nn.Module):
                 nn.init.zeros_(p)
         return self
 
-    def trunk(self, ids, positions=None, mask=None, cache=None):
-        """Final hidden states (B, T, C), after the last norm.
+    def trunk(self, ids, positions=None, cache=None):
+        """Final hidden states (B, T, C), after the last norm, with causal attention.
 
-        ids: (B, T). positions: (B, T), by default the slots themselves. mask: None for plain causal attention, or
-        additive fp32, broadcastable to (B, H, T, slots). cache: a KVCache, which this call extends by T slots."""
-        T, start = ids.shape[1], cache.used if cache is not None else 0
+        ids: (B, T). positions: (B, T), by default 0 .. T - 1. cache: a KVCache, whose prompts or samples the ids go on with."""
+        T = ids.shape[1]
         if positions is None:
-            if start + T > self.config.block_size:
-                raise UserError(f'{start + T} tokens exceed the context of {self.config.block_size}')
-            positions = torch.arange(start, start + T, device=ids.device)[None]
+            if T > self.config.block_size:
+                raise UserError(f'{T} tokens exceed the context of {self.config.block_size}')
+            positions = torch.arange(T, device=ids.device)[None]
         x, rope = self.embed(ids), None
         if self.config.rope_theta:
             rope = self.cos[positions][:, None], self.sin[positions][:, None]  # (B or 1, 1, T, D)
         else:
             x = x + self.positions(positions)
         for block in self.blocks:
-            x = block(x, rope, mask, cache)
-        if cache is not None:
-            cache.used += T
+            x = block(x, rope, cache)
         return self.norm(x)
 
     def logits(self, hidden):
         """(..., C) -> (..., V), in fp32: a bf16 softmax over a large vocabulary is off by up to .02 nats."""
         return self.head(hidden).float()
 
-    def forward(self, ids, positions=None, mask=None, cache=None):
-        return self.logits(self.trunk(ids, positions, mask, cache))
+    def forward(self, ids, positions=None, cache=None):
+        return self.logits(self.trunk(ids, positions, cache))
 
     def add_value_head(self):
         """A scalar per token beside the logits, which it leaves unchanged; zero at first, so that it predicts 0."""
@@ -299,6 +341,13 @@ class Transformer(nn.Module):
     def values(self, hidden):
         """(..., C) -> (...), fp32: the scalar head, as a value function or a reward model's score."""
         return self.value_head(hidden).squeeze(-1).float()
+
+    def flops(self, lengths, n_logits):
+        """Floating-point operations of a forward pass over sequences of these lengths, with logits for n_logits of their tokens."""
+        c, n = self.config, sum(lengths)
+        matrices = sum(p.numel() for name, p in self.named_parameters() if p.dim() == 2 and name.startswith('blocks'))
+        attention = 2 * c.n_layer * c.n_head * c.head_dim * sum(length ** 2 for length in lengths)  # half of the pairs, two products
+        return 2 * matrices * n + attention + 2 * c.n_embd * c.vocab_size * n_logits
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
@@ -601,6 +650,35 @@ def fast_cpu_matmul():
         torch.backends.mkldnn.matmul.fp32_precision = before
 
 
+def peak_flops(device, dtype, size=0, seconds=0.1):
+    """Floating-point operations a second that a large product of two square matrices reaches here, the best of some tries."""
+    size = size or (1024 if device.type == 'cpu' else 8192)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    best, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until or best == math.inf:
+        wait()
+        start = time.perf_counter()
+        for _ in range(2):
+            a @ b
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2 * size ** 3 / best
+
+
+def memory_bandwidth(device):
+    """Bytes a second that a large copy reads and writes."""
+    a = torch.empty(2 ** 28 if device.type == 'cpu' else 2 ** 32, dtype=torch.uint8, device=device).zero_()
+    b, best = torch.empty_like(a), math.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        b.copy_(a)
+        if device.type == 'cuda':
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * a.numel() / best
+
+
 def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
@@ -641,6 +719,12 @@ def load_state(path, optimizer):
 
 if __name__ == '__main__':
     override(globals())
+    if bench:
+        device, _ = setup(device)
+        print(f'{device}, {torch.get_num_threads()} threads; {memory_bandwidth(device) / 1e9:.0f} GB/s copied')
+        for dtype in (torch.float32, torch.bfloat16):
+            print(f'{dtype}: {peak_flops(device, dtype, seconds=1.0) / 1e9:,.0f} GFLOP/s')
+        raise SystemExit
     if not init_from:
         raise UserError('which checkpoint? --init_from=out/demo_sft')
     model = Transformer.from_pretrained(init_from)

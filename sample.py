@@ -17,12 +17,13 @@ import math
 import os
 import random
 import sys
-from collections import Counter
+from collections import Counter, deque
 from functools import cached_property
 from typing import NamedTuple
 
 import tiktoken
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError, bar, override, read_run
@@ -274,25 +275,39 @@ def action_logprobs(model, hidden, ids, temperature=1.0, with_entropy=False, chu
 
 
 def draw(logits, u, temperature, top_k=0, top_p=1.0, vocab_size=None):
-    """Next tokens (R,) from logits (R, V), by the inverse of the cumulative distribution at u (R,); argmax if temperature
-    is 0. Ids from vocab_size on, which pad the embedding, are never drawn."""
-    if vocab_size is not None and vocab_size < logits.shape[-1]:
-        logits = logits.clone()
-        logits[:, vocab_size:] = -torch.inf
+    """Next tokens (R,) from logits (R, V), by the inverse of the cumulative distribution at u (R,), or the likeliest if temperature
+    is 0; and their log-probs (R,), as token_logprobs gives them (greedy: at temperature 1), whatever top_k and top_p leave out. Ids
+    from vocab_size on, which pad the embedding, are never drawn."""
+    R, V = logits.shape
+    x = logits / (temperature or 1.0)
+    top = x.max(-1, keepdim=True).values
+    p = (x - top).exp_()
+    log_total = p.sum(-1).log_() + top[:, 0]
+    if vocab_size is not None:
+        p[:, vocab_size:] = 0
     if temperature == 0:
-        return logits.argmax(-1)
-    p = (logits / temperature).softmax(-1)
+        token = p.argmax(-1)
+        return token, x.gather(-1, token[:, None])[:, 0] - log_total
     if top_k:
-        p = p * (p >= p.topk(min(top_k, p.shape[-1])).values[:, -1:])
+        p = p * (p >= p.topk(min(top_k, V)).values[:, -1:])
     if top_p < 1:
         ordered, index = p.sort(dim=-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # the mass of the likelier tokens; the first one always stays
         p = torch.zeros_like(p).scatter(-1, index, ordered * (before < top_p * p.sum(-1, keepdim=True)))
-    cdf = p.cumsum(-1)
-    total = cdf[:, -1:]
-    # strictly below the total, so that the token found is one at which the sum still grows: one with p > 0
-    target = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target, right=True).squeeze(-1)
+
+    def below(cdf, target):  # strictly below the total, so that what is found is a place at which the sum still grows
+        total = cdf[:, -1:]
+        target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+        return torch.searchsorted(cdf, target, right=True), target
+
+    # In two steps, a block of 64 tokens and a token of the block: a running sum over the whole vocabulary takes three times as long.
+    blocks = F.pad(p, (0, -V % 64)).view(R, -1, 64)
+    cdf = blocks.sum(-1).cumsum(-1)
+    block, target = below(cdf, u[:, None] * cdf[:, -1:])
+    before = F.pad(cdf, (1, 0)).gather(-1, block)
+    inside, _ = below(blocks[torch.arange(R, device=p.device), block[:, 0]].cumsum(-1), target - before)
+    token = (block * 64 + inside)[:, 0]
+    return token, x.gather(-1, token[:, None])[:, 0] - log_total
 
 
 # -----------------------------------------------------------------------------
@@ -317,14 +332,19 @@ def micro_batches(rows, max_tokens, length=lambda e: len(e.ids)):
     return micros
 
 
+def padded_length(examples, most):
+    """The T to which collate pads."""
+    longest = max(len(e.ids) for e in examples)
+    return max(longest, min(math.ceil((longest - 1) / 4) * 4 + 1, most))
+
+
 def collate(examples, device, most):
     """-> ids (B, T), padded with 0 on the right, and learned (B, T) bool, True from n_prompt to a row's end: by position, since
     an id says nothing about padding. Causal attention keeps what stands on the right from the real tokens.
 
-    T - 1 is a multiple of 8 where it can, up to T = most: a CPU's matrix kernels are made anew for each shape, and with fewer
-    shapes the demo's SFT ran 13% faster. (- 1: the last token is only predicted.)"""
-    longest = max(len(e.ids) for e in examples)
-    longest = max(longest, min(math.ceil((longest - 1) / 8) * 8 + 1, most))
+    T - 1 is a multiple of 4 where it can, up to T = most: a CPU's matrix kernels are made anew for each shape. (- 1: the last
+    token is only predicted.)"""
+    longest = padded_length(examples, most)
     ids = torch.zeros(len(examples), longest, dtype=torch.long)
     learned = torch.zeros(len(examples), longest, dtype=torch.bool)
     for row, e in enumerate(examples):
@@ -336,16 +356,19 @@ def collate(examples, device, most):
 
 
 def epoch_order(examples, batch_size, seed, epoch):
-    """The numbers of the examples in the order of an epoch: a permutation by (seed, epoch), in which every window of eight
-    updates is sorted by length and its updates are shuffled, so that an update's examples are of similar length."""
+    """The numbers of the examples in the order of an epoch: a permutation by (seed, epoch), in which every window of 32
+    updates is sorted by length and its updates are shuffled: an update's examples are of similar length, and some 4% of what is
+    computed is padding. The first ones complete the update that the epochs before began; what is no whole update comes last."""
     rng = random.Random(f'{seed}:{epoch}')
-    shuffled, order = rng.sample(range(len(examples)), len(examples)), []
-    for start in range(0, len(shuffled), 8 * batch_size):
-        window = sorted(shuffled[start:start + 8 * batch_size], key=lambda i: len(examples[i].ids))
+    shuffled = rng.sample(range(len(examples)), len(examples))
+    lead = -epoch * len(examples) % batch_size
+    order, whole = shuffled[:lead], len(examples) - (len(examples) - lead) % batch_size
+    for start in range(lead, whole, 32 * batch_size):
+        window = sorted(shuffled[start:min(start + 32 * batch_size, whole)], key=lambda i: len(examples[i].ids))
         updates = [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
         rng.shuffle(updates)
         order += [i for update in updates for i in update]
-    return order
+    return order + shuffled[max(whole, lead):]
 
 
 # -----------------------------------------------------------------------------
@@ -361,6 +384,98 @@ class Sample(NamedTuple):
     finished: bool
 
 
+class Cohort:
+    """Samples that started together, and so are equally long at every step. rows: their names, (number of prompt, of sample);
+    row (R,): the numbers, within the cohort, of those that go on."""
+
+    def __init__(self, sampler, rows, prompts, stream, budget):
+        """Prefills the prompts (lists of ids; equal neighbours once) -> logits (R, V) of every sample's first token."""
+        self.sampler, self.rows, self.t = sampler, rows, 0
+        model, device = sampler.model, sampler.device
+        unique, source = [], []  # source: row -> its prompt's number in unique
+        for p in prompts:
+            if not unique or p != unique[-1]:
+                unique.append(p)
+            source.append(len(unique) - 1)
+        length = torch.tensor([len(p) for p in unique])
+        longest = int(length.max())
+        self.cache = KVCache(model.config, length, device, sampler.dtype)
+        # Padding stands on the right, where causal attention keeps it from the real tokens. Some prompts at a time: that bounds the
+        # memory of activations, and what stays in a CPU's caches is prefilled 3 times as fast.
+        ids = torch.tensor([p + [0] * (longest - len(p)) for p in unique], device=device)
+        last, step = [], max(1, (2048 if device.type == 'cpu' else 65536) // longest)
+        for i in range(0, len(unique), step):
+            self.cache.filling = slice(i, i + step)
+            hidden = model.trunk(ids[i:i + step], cache=self.cache)
+            last.append(hidden[torch.arange(len(hidden)), length[i:i + step] - 1])
+        source = torch.tensor(source, device=device)
+        self.logits = model.logits(torch.cat(last))[source]
+        self.cache.start(source)
+        self.positions = length.to(device)[source]  # of the next token
+        self.stream, self.budget = torch.tensor(stream, device=device), torch.tensor(budget, device=device)
+        self.row = torch.arange(len(rows), device=device)
+
+        R, most = len(rows), max(budget)
+        self.ids = torch.zeros(R, most, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(R, most, device=device)
+        self.length = self.budget.clone()
+        self.finished = torch.zeros(R, dtype=torch.bool, device=device)
+        self.done = torch.zeros(R, dtype=torch.bool, device=device)  # finished, or at the end of the budget
+        # A return-conditioned policy reads its label again after every line break: for as many steps as the label has ids, they
+        # take the place of what the row draws, while the others go on.
+        labels = sampler.tokenizer.labels
+        self.label = torch.tensor(sampler.label if labels and labels.granularity == 'step' else [], dtype=torch.long, device=device)
+        self.to_read = torch.zeros(R, dtype=torch.long, device=device)  # ids of the label that a row has still to read
+        self.read = torch.zeros(R, most, dtype=torch.bool, device=device)  # which ids were read so
+
+    def take(self, temperature, top_k, top_p, stop):
+        """Draws a token for every row from self.logits; rows that are done leave."""
+        row, t, tokenizer = self.row, self.t, self.sampler.tokenizer
+        token, logprob = draw(self.logits, uniform(self.stream, t), temperature, top_k, top_p, tokenizer.vocab_size)
+        if len(self.label):
+            to_read = self.to_read[row]
+            token = torch.where(to_read > 0, self.label[-to_read.clamp(min=1)], token)
+            self.read[row, t] = to_read > 0
+            self.to_read[row] = torch.where(to_read > 0, to_read - 1, len(self.label) * self.sampler.ends_line[token])
+        self.ids[row, t], self.logprobs[row, t] = token, logprob
+        ended = token == tokenizer.eos
+        if stop:
+            ended |= self.sampler._stopped(self.ids[row, :t + 1], stop)
+        going = ~self.done[row]
+        new = row[ended & going]
+        self.finished[new], self.length[new] = True, t + 1
+        self.done[row[(ended | (self.budget[row] == t + 1)) & going]] = True
+        alive = ~self.done[row]
+        n_alive = int(alive.sum())
+        self.t, self.token, self.logits = t + 1, token, None
+        # Not one by one: that would copy what the cache holds of the samples at every step.
+        if n_alive <= 0.9 * len(row):
+            keep = alive.nonzero().squeeze(-1)
+            self.row, self.stream, self.token, self.positions = row[keep], self.stream[keep], token[keep], self.positions[keep]
+            if n_alive:
+                self.cache.select(keep)
+
+    def results(self):
+        """[(name, ids, log-probs, finished)] of all rows, without the labels that they read."""
+        found = []
+        columns = (self.ids, self.logprobs, self.read, self.length, self.finished)
+        for name, ids, logprobs, read, n, finished in zip(self.rows, *(x.tolist() for x in columns)):
+            drawn = [t for t in range(n) if not read[t]]
+            found.append((name, [ids[t] for t in drawn], [logprobs[t] for t in drawn], finished))
+        return found
+
+
+class Together:
+    """The caches of several cohorts as one."""
+
+    def __init__(self, caches):
+        self.caches = caches
+
+    def attend(self, layer, q, k, v):
+        parts = zip(self.caches, *(x.split([len(c.source) for c in self.caches]) for x in (q, k, v)))
+        return torch.cat([cache.attend(layer, *part) for cache, *part in parts])
+
+
 class Sampler:
     """Sampler(model, tokenizer).generate(prompts) -> list of Sample. max_rows: samples decoded at a time; the cache takes
     max_rows * (prompt + max_new_tokens) * 2 * n_layer * n_kv_head * head_dim numbers. dtype: of the matrix products. condition:
@@ -370,6 +485,9 @@ class Sampler:
         self.model, self.tokenizer, self.max_rows, self.dtype = model, tokenizer, max_rows, dtype
         self.device = model.embed.weight.device
         self.label = getattr(tokenizer.labels, condition) if tokenizer.labels and condition != 'none' else []
+        self.ends_line = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
+        if self.label:
+            self.ends_line[list(tokenizer.newline_ids)] = True
 
     @torch.inference_mode()
     def generate(self, prompts, k=1, max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, stop=(), seed=0, desc=None):
@@ -394,122 +512,43 @@ class Sampler:
                 raise UserError(f'a prompt of {len(whole)} tokens and max_new_tokens = {budget} exceed the context of '
                                 f'{self.model.config.block_size} tokens')
 
-        # Rows are (number of the prompt, random stream). Batches are cut from the prompts in order of length, so that
-        # little of a batch is padding; the longest come first, so that a batch too large for the memory fails at once.
+        # Rows are (number of the prompt, number of its sample), in the order of the prompts' lengths, so that prompts that are read
+        # together need little padding; the longest come first, so that what is too large for the memory fails at once.
         seen, streams = Counter(), []
         for p in prompts:
             key = tuple(p)
             streams.append([random_stream(seed, p, seen[key] + j) for j in range(k)])
             seen[key] += k  # the same prompt given twice gets fresh samples
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        rows = [(i, j) for i in order for j in range(k)]
-        samples = [None] * len(rows)
-        progress = bar(desc=desc, total=len(rows)) if desc else None
-        for first in range(0, len(rows), self.max_rows):
-            batch = rows[first:first + self.max_rows]
-            outs = self._decode([given[i] for i, j in batch], torch.tensor([streams[i][j] for i, j in batch]),
-                                torch.tensor([budgets[i] for i, j in batch]), temperature, top_k, top_p, stop)
-            for (i, j), (ids, logprobs, finished) in zip(batch, outs):
-                samples[i * k + j] = Sample(prompts[i], ids, logprobs, finished)
-            if progress is not None:
-                progress.update(len(batch))
+        waiting = deque((i, j) for i in order for j in range(k))
+        samples, cohorts = [None] * len(waiting), []
+        progress = bar(desc=desc, total=len(waiting)) if desc else None
+        with autocast(self.device, self.dtype):
+            while waiting or cohorts:
+                # As soon as a quarter of the rows are free, the next samples start. Cohorts of different age share the linear layers.
+                n_rows = sum(len(c.row) for c in cohorts)
+                if waiting and n_rows <= 0.75 * self.max_rows:
+                    rows = [waiting.popleft() for _ in range(min(len(waiting), self.max_rows - n_rows))]
+                    cohorts.append(Cohort(self, rows, [given[i] for i, j in rows], [streams[i][j] for i, j in rows],
+                                          [budgets[i] for i, j in rows]))
+                else:
+                    token, positions = (torch.cat(x)[:, None] for x in zip(*[(c.token, c.positions) for c in cohorts]))
+                    cache = cohorts[0].cache if len(cohorts) == 1 else Together([c.cache for c in cohorts])
+                    logits = self.model.logits(self.model.trunk(token, positions, cache)[:, 0])
+                    for c, part in zip(cohorts, logits.split([len(c.row) for c in cohorts])):
+                        c.logits, c.positions = part, c.positions + 1
+                for c in cohorts:
+                    if c.logits is not None:
+                        c.take(temperature, top_k, top_p, stop)
+                for c in [c for c in cohorts if not len(c.row)]:
+                    cohorts.remove(c)
+                    for (i, j), ids, logprobs, finished in c.results():
+                        samples[i * k + j] = Sample(prompts[i], ids, logprobs, finished)
+                    if progress is not None:
+                        progress.update(len(c.rows))
         if progress is not None:
             progress.close()
         return samples
-
-    def _prefill(self, prompts, max_new_tokens):
-        """Runs P prompts, padded on the left to the longest. Returns their cache, the last logits (P, V), pads (P,)."""
-        longest = max(map(len, prompts))
-        pad = torch.tensor([longest - len(p) for p in prompts], device=self.device)
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
-        slots = torch.arange(longest, device=self.device)
-        positions = (slots - pad[:, None]).clamp_min(0)  # the first real token is at position 0
-        cache = KVCache(self.model.config, len(prompts), longest + max_new_tokens, self.device, self.dtype)
-        mask = None
-        if pad.any():
-            # A query sees the real slots up to its own. Padding sees itself, so that its softmax is not 0 / 0: a NaN in its
-            # value would reach every row through 0 * NaN.
-            allowed = (slots[None, :] <= slots[:, None]) & (slots >= pad[:, None])[:, None, :] | torch.eye(
-                longest, dtype=torch.bool, device=self.device)
-            mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill(~allowed, -torch.inf)[:, None]
-        # Some rows at a time: that bounds the memory of activations, and what stays in a CPU's caches is prefilled 3 times as fast.
-        last, step = [], max(1, (2048 if self.device.type == 'cpu' else 65536) // longest)
-        for i in range(0, len(prompts), step):
-            part = slice(i, i + step)
-            hidden = self.model.trunk(ids[part], positions[part], None if mask is None else mask[part], cache.part(i, i + step))
-            last.append(hidden[:, -1])
-        cache.used = longest
-        return cache, self.model.logits(torch.cat(last)), pad
-
-    def _decode(self, prompts, stream, budget, temperature, top_k, top_p, stop):
-        """One batch of rows from prefill to the last EOS. Equal prompts that are neighbours are prefilled once.
-        Returns [(ids, logprobs, finished)]."""
-        unique, source = [], []  # source: row -> its prompt's number in unique
-        for p in prompts:
-            if not unique or p != unique[-1]:
-                unique.append(p)
-            source.append(len(unique) - 1)
-        R, source, most = len(prompts), torch.tensor(source, device=self.device), int(budget.max())
-        with autocast(self.device, self.dtype):
-            cache, logits, pad = self._prefill(unique, most)
-            cache.select(source)
-            logits, pad, stream, budget = logits[source], pad[source], stream.to(self.device), budget.to(self.device)
-            slots = torch.arange(cache.used + most, device=self.device)
-            mask = None
-            if pad.any():
-                hidden_slots = slots < pad[:, None]
-                mask = torch.zeros(hidden_slots.shape, dtype=self.dtype, device=self.device)
-                mask = mask.masked_fill(hidden_slots, -torch.inf)[:, None, None]  # (R, 1, 1, slots)
-
-            # A return-conditioned policy reads its label again after every line break: for as many steps as the label has ids,
-            # they take the place of what the row draws, while the other rows of the batch go on.
-            label = torch.tensor(self.label if self.label and self.tokenizer.labels.granularity == 'step' else [], dtype=torch.long, device=self.device)
-            ends_line = torch.zeros(self.model.config.vocab_size, dtype=torch.bool, device=self.device)
-            ends_line[list(self.tokenizer.newline_ids) if len(label) else []] = True
-            to_read = torch.zeros(R, dtype=torch.long, device=self.device)  # ids of the label that a row has still to read
-
-            ids = torch.zeros(R, most, dtype=torch.long, device=self.device)
-            read = torch.zeros(R, most, dtype=torch.bool, device=self.device)  # ids of labels
-            logprobs = torch.zeros(R, most, device=self.device)
-            length = budget.clone()
-            finished = torch.zeros(R, dtype=torch.bool, device=self.device)
-            done = torch.zeros(R, dtype=torch.bool, device=self.device)
-            row = torch.arange(R, device=self.device)  # the rows still in the batch; some of them may be done
-            prompt_length = cache.used - pad
-            for t in range(most):
-                token = draw(logits, uniform(stream, t), temperature, top_k, top_p, self.tokenizer.vocab_size)
-                if len(label):
-                    reads = to_read[row]
-                    token = torch.where(reads > 0, label[-reads.clamp(min=1)], token)
-                    read[row, t] = reads > 0
-                    to_read[row] = torch.where(reads > 0, reads - 1, len(label) * ends_line[token])
-                ids[row, t] = token
-                logprobs[row, t] = token_logprobs(logits, token, temperature or 1.0)
-                ended = token == self.tokenizer.eos
-                if stop:
-                    ended |= self._stopped(ids[row, :t + 1], stop)
-                going = ~done[row]
-                new = row[ended & going]
-                finished[new], length[new] = True, t + 1
-                done[row[(ended | (budget[row] == t + 1)) & going]] = True
-                alive = ~done[row]
-                n_alive = int(alive.sum())
-                if n_alive == 0:
-                    break
-                # Rows that ended leave, but not one by one: that would copy the whole cache at every step.
-                if n_alive <= 0.8 * len(row):
-                    keep = alive.nonzero().squeeze(-1)
-                    cache.select(keep)
-                    row, stream, token, prompt_length = row[keep], stream[keep], token[keep], prompt_length[keep]
-                    mask = mask[keep] if mask is not None else None
-                hidden = self.model.trunk(token[:, None], (prompt_length + t)[:, None],
-                                          mask[..., :cache.used + 1] if mask is not None else None, cache)
-                logits = self.model.logits(hidden[:, 0])
-        outs = []
-        for i, lp, labels, n, whole in zip(ids.tolist(), logprobs.tolist(), read.tolist(), length.tolist(), finished.tolist()):
-            drawn = [t for t in range(n) if not labels[t]]
-            outs.append(([i[t] for t in drawn], [lp[t] for t in drawn], whole))
-        return outs
 
     def _stopped(self, ids, stop):
         """Whether each row of ids (R, t + 1) has just completed a stop string: looks at the text of its last tokens, as many

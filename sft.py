@@ -14,13 +14,12 @@ import os
 import time
 
 import torch
-import torch.nn.functional as F
 
 import eval as evaluation
 import rewards
 from config import Log, UserError, bar, override, read_run, start_run
-from model import ModelConfig, Transformer, autocast, learning_rate, load_state, make_optimizer, save_state, setup
-from sample import Example, Sampler, collate, epoch_order, learn_bpe, load_tokenizer, micro_batches
+from model import ModelConfig, Transformer, autocast, learning_rate, load_state, make_optimizer, peak_flops, save_state, setup
+from sample import Example, Sampler, action_logprobs, collate, epoch_order, learn_bpe, load_tokenizer, micro_batches, padded_length
 
 # -----------------------------------------------------------------------------
 # data
@@ -100,12 +99,12 @@ def join(texts, n):
 
 def loss_sum(model, examples, trunk=None):
     """Summed cross-entropy of the learned tokens, a scalar. Padding stands on the right, where causal attention keeps it
-    from the real tokens, and the output projection is computed for the positions with a loss alone. trunk: model.trunk, or
-    a compiled form of it."""
+    from the real tokens, and the output projection is computed for the positions with a loss alone, in chunks. trunk: model.trunk,
+    or a compiled form of it."""
     ids, learned = collate(examples, model.embed.weight.device, model.config.block_size + 1)
     hidden = (trunk or model.trunk)(ids[:, :-1])              # (B, T - 1, C): position t predicts token t + 1
-    logits = model.logits(hidden[learned[:, 1:]])             # (learned tokens, V)
-    return F.cross_entropy(logits, ids[:, 1:][learned[:, 1:]], reduction='sum')
+    logprobs, _ = action_logprobs(model, hidden[learned[:, 1:]], ids[:, 1:][learned[:, 1:]])
+    return -logprobs.sum()
 
 
 def n_learned(examples):
@@ -125,7 +124,8 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
     """Fine-tunes model in place on a list of Example and returns the number of updates.
 
     evaluate(step, optimizer), if given, is called every eval_interval updates (0: an epoch) and after the last one.
-    log(step, **metrics), if given, gets every so often the loss (nats a learned token), lr, gradient norm, tokens and padding share.
+    log(step, **metrics), if given, gets every so often the loss (nats a learned token), lr, gradient norm, speed and padding share;
+    mfu is the share of the measured peak of matrix products that the real tokens needed, backward as two forward passes.
     Each epoch is a fresh permutation of the examples (epoch_order), and an update may straddle two epochs; so optimizer and
     start_step are all it takes to go on from a checkpoint. UserError if the loss is not finite."""
     if not examples:
@@ -137,6 +137,7 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
     eval_interval = eval_interval or math.ceil(len(examples) / batch_size)
     optimizer = optimizer or make_optimizer(model, lr, weight_decay)
     trunk = torch.compile(model.trunk, dynamic=True) if compile else model.trunk
+    peak = peak_flops(device, dtype) if log is not None else None
     order, epoch = [], -1
     for step in bar(range(start_step, steps), desc=desc):
         # 1. the update's examples: row i of the endless sequence of permuted epochs
@@ -153,7 +154,7 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
                 loss = loss_sum(model, micro, trunk) / n_tokens
             loss.backward()
             total += loss.item()
-            n_padded += len(micro) * len(micro[0].ids)
+            n_padded += len(micro) * (padded_length(micro, model.config.block_size + 1) - 1)
         # 3. the update
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
         if not (math.isfinite(total) and math.isfinite(norm)):
@@ -163,9 +164,10 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if log is not None and ((step + 1) % max(10, steps // 40) == 0 or step + 1 == steps):  # some 40 lines a run
-            n_real = sum(len(e.ids) for e in batch)
+            n_real, seconds = sum(len(e.ids) - 1 for e in batch), time.time() - started
             log(step + 1, loss=total, lr=optimizer.param_groups[0]['lr'], grad_norm=norm, epoch=(step + 1) * batch_size / len(examples),
-                tokens_per_second=n_real / (time.time() - started), padding=1 - n_real / n_padded)
+                tokens_per_second=n_real / seconds, padding=1 - n_real / n_padded,
+                mfu=3 * sum(model.flops([len(e.ids) - 1], n_learned([e])) for e in batch) / seconds / peak)
         if evaluate is not None and ((step + 1) % eval_interval == 0 or step + 1 == steps):
             evaluate(step + 1, optimizer)
     return steps

@@ -36,6 +36,15 @@ device = 'cpu'
 seed = 0
 # -----------------------------------------------------------------------------
 
+SHAPES = {
+    'demo': dict(vocab_size=704, n_layer=4, n_head=4, n_kv_head=1, n_embd=128, head_dim=32, n_inner=352),
+    'llama': dict(vocab_size=4096, n_layer=8, n_head=8, n_kv_head=8, n_embd=512, head_dim=64, n_inner=1408, tied=False),
+    'gpt2': dict(family='gpt2', vocab_size=50304, n_layer=12, n_head=12, n_kv_head=12, n_embd=768, head_dim=64, n_inner=3072, norm='layer',
+                 activation='gelu_tanh', rope_theta=0.0, qkv_bias=True, out_bias=True, mlp_bias=True),
+    'llama1b': dict(vocab_size=32000, n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, head_dim=64, n_inner=5632, tied=False),
+    'llama7b': dict(vocab_size=32000, n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, head_dim=128, n_inner=11008, tied=False),
+}
+
 if __name__ == '__main__':
     from config import override
     settings = override(globals())
@@ -51,14 +60,6 @@ if __name__ == '__main__':
     from model import ModelConfig, Transformer, setup
     from sample import Sampler
 
-    SHAPES = {
-        'demo': dict(vocab_size=704, n_layer=4, n_head=4, n_kv_head=1, n_embd=128, head_dim=32, n_inner=352),
-        'llama': dict(vocab_size=4096, n_layer=8, n_head=8, n_kv_head=8, n_embd=512, head_dim=64, n_inner=1408, tied=False),
-        'gpt2': dict(family='gpt2', vocab_size=50304, n_layer=12, n_head=12, n_kv_head=12, n_embd=768, head_dim=64, n_inner=3072, norm='layer',
-                     activation='gelu_tanh', rope_theta=0.0, qkv_bias=True, out_bias=True, mlp_bias=True),
-        'llama1b': dict(vocab_size=32000, n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, head_dim=64, n_inner=5632, tied=False),
-        'llama7b': dict(vocab_size=32000, n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, head_dim=128, n_inner=11008, tied=False),
-    }
     if shape not in SHAPES:
         raise UserError(f'shape is one of {", ".join(SHAPES)}')
     torch.set_num_threads(threads)

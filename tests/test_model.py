@@ -81,27 +81,35 @@ def test_real_checkpoint():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize('changes', [{}, GPT2, {'qk_norm': True, 'family': 'qwen3'}])
+@pytest.mark.parametrize('changes', [{}, GPT2, {'qk_norm': True, 'family': 'qwen3'}, {'n_kv_head': 4}, {'n_kv_head': 1}])
 def test_cached_equals_full_forward(changes):
+    """Three prompts of different lengths with 2, 1 and 3 samples; after some steps, and again after more, some of the rows leave,
+    among them all of a prompt. Enough tokens for several blocks of the cache."""
     model = loud(Transformer(tiny_config(V, **changes)))
-    ids = torch.randint(0, V, (3, 20), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    lengths, source = torch.tensor([7, 3, 5]), torch.tensor([0, 0, 1, 2, 2, 2])
+    prompts = [torch.randint(0, V, (n,), generator=generator) for n in lengths]
+    own = torch.randint(0, V, (6, 80), generator=generator)
     with torch.no_grad():
-        full = model(ids)
-        cache = KVCache(model.config, 3, 20, 'cpu', torch.float32)
-        parts = [model(ids[:, :7], cache=cache)] + [model(ids[:, t:t + 1], cache=cache) for t in range(7, 20)]
-    torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-5, rtol=1e-5)
-
-
-def test_cache_select_repeats_and_drops_rows():
-    model = loud(Transformer(tiny_config(V)))
-    ids = torch.randint(0, V, (3, 9), generator=torch.Generator().manual_seed(0))
-    rows = torch.tensor([2, 0, 0])
-    with torch.no_grad():
-        cache = KVCache(model.config, 3, 9, 'cpu', torch.float32)
-        model(ids[:, :8], cache=cache)
-        cache.select(rows)
-        last = model(ids[rows, 8:], cache=cache)
-        torch.testing.assert_close(last[:, 0], model(ids)[rows, -1], atol=1e-5, rtol=1e-5)
+        full = [model(torch.cat([prompts[p], own[r]])[None])[0] for r, p in enumerate(source)]
+        cache = KVCache(model.config, lengths, 'cpu', torch.float32)
+        for part in (slice(0, 2), slice(2, 3)):  # padded on the right, some prompts at a time
+            cache.filling = part
+            ids = torch.stack([torch.cat([p, torch.zeros(7 - len(p), dtype=torch.long)]) for p in prompts[part]])
+            for row, p in zip(model(ids, cache=cache), range(3)[part]):
+                torch.testing.assert_close(row[:lengths[p]], full[source.tolist().index(p)][:lengths[p]], atol=1e-5, rtol=1e-5)
+        cache.start(source)
+        rows = torch.arange(6)
+        for t in range(80):
+            for at, keep in ((20, [0, 1, 2, 4, 5]), (40, [1, 3, 4]), (70, [2])):
+                if t == at:
+                    keep = torch.tensor(keep)
+                    cache.select(keep)
+                    rows = rows[keep]
+            logits = model(own[rows, t][:, None], (lengths[source[rows]] + t)[:, None], cache)
+            for row, found in zip(rows, logits[:, 0]):
+                torch.testing.assert_close(found, full[row][lengths[source[row]] + t], atol=2e-5, rtol=1e-5)
+    assert rows.tolist() == [5] and len(cache.lengths) == 1 and len(cache.k[0]) == 3
 
 
 def test_bf16_is_close():

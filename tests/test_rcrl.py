@@ -204,7 +204,7 @@ def reference(model, tok, prompt, label, budget, stream, temperature):
         if to_read:
             ids = ids + [to_read.pop(0)]
             continue
-        token = draw(logits, uniform(stream, t), temperature, vocab_size=tok.vocab_size).item()
+        token = draw(logits, uniform(stream, t), temperature, vocab_size=tok.vocab_size)[0].item()
         drawn.append((token, token_logprobs(logits, torch.tensor([token]), temperature or 1.0).item()))
         ids = ids + [token]
         if token == tok.eos:

@@ -144,9 +144,13 @@ def chi_square(tokens, p):
     return ((counts[p > 0] - expected) ** 2 / expected).sum().item(), len(expected) - 1
 
 
-@pytest.mark.parametrize('temperature, top_k, top_p', [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 5, 1.0), (1.0, 0, 0.7), (0.8, 6, 0.9)])
-def test_draws_follow_the_softmax(temperature, top_k, top_p):
-    logits = torch.randn(12, generator=torch.Generator().manual_seed(3)) * 1.5
+@pytest.mark.parametrize('temperature, top_k, top_p, V', [(1.0, 0, 1.0, 12), (0.5, 0, 1.0, 12), (2.0, 5, 1.0, 12), (1.0, 0, 0.7, 12), (0.8, 6, 0.9, 12),
+                                                          (1.0, 0, 1.0, 64), (1.0, 0, 1.0, 201), (1.5, 90, 0.95, 201)])
+def test_draws_follow_the_softmax(temperature, top_k, top_p, V):
+    """V = 64 is one block of the draw, 201 are four, the last of them padded."""
+    logits = torch.randn(V, generator=torch.Generator().manual_seed(3)) * 1.5
+    if V == 201:
+        logits[64:128] = -torch.inf  # a block without any mass
     p = (logits / temperature).softmax(-1)
     if top_k:
         p[p.argsort(descending=True)[top_k:]] = 0
@@ -157,7 +161,8 @@ def test_draws_follow_the_softmax(temperature, top_k, top_p):
             p[i], mass = (0, mass) if mass >= top_p else (p[i], mass + p[i])
         p /= p.sum()
     u = uniform(torch.tensor([random_stream(0, [1], j) for j in range(30000)]), 0)
-    tokens = draw(logits.expand(30000, 12).contiguous(), u, temperature, top_k, top_p)
+    tokens, logprobs = draw(logits.expand(30000, V).contiguous(), u, temperature, top_k, top_p)
+    torch.testing.assert_close(logprobs, (logits / temperature).log_softmax(-1)[tokens])  # of the whole distribution
     statistic, freedom = chi_square(tokens, p)
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # mean and four standard deviations
 
@@ -167,9 +172,9 @@ def test_draw_never_takes_padding_or_an_impossible_token():
     logits[:, 0] = -torch.inf
     logits[:, 4] = -torch.inf
     for u in (2 ** -24, 0.5, 1 - 2 ** -24):
-        token = draw(logits, torch.full((3,), u), 1.0, vocab_size=5)
+        token, _ = draw(logits, torch.full((3,), u), 1.0, vocab_size=5)
         assert ((token > 0) & (token < 4)).all()
-    assert draw(torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([0.5]), 0.0, vocab_size=2).item() == 1  # greedy too
+    assert draw(torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([0.5]), 0.0, vocab_size=2)[0].item() == 1  # greedy too
 
 
 def test_token_logprobs_against_log_softmax():
@@ -223,7 +228,7 @@ def test_batches_from_lengths():
     ids, learned = collate(rows, 'cpu', 4)
     assert ids.tolist() == [[7, 7, 7, 7], [7, 0, 0, 0], [0, 0, 7, 0]]
     assert learned.int().tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0]]  # an id of 0 is as real as any
-    for longest, most, T in ((4, 100, 9), (9, 100, 9), (10, 100, 17), (10, 12, 12), (12, 12, 12), (13, 12, 13)):
+    for longest, most, T in ((4, 100, 5), (9, 100, 9), (10, 100, 13), (10, 12, 12), (12, 12, 12), (13, 12, 13)):
         assert collate([Example([7] * longest, 1)], 'cpu', most)[0].shape == (1, T)  # few lengths, within the context
     assert micro_batches(range(3), 8, lambda i: len(rows[i].ids)) == [[0, 2], [1]]
 
@@ -301,8 +306,7 @@ class Uniform(torch.nn.Module):
         self.config = tiny_config(vocab_size, block_size=100_000)
         self.embed = torch.nn.Embedding(vocab_size, 1)
 
-    def trunk(self, ids, positions=None, mask=None, cache=None):
-        cache.used += ids.shape[1]
+    def trunk(self, ids, positions=None, cache=None):
         return torch.zeros(*ids.shape, self.config.vocab_size)
 
     def logits(self, hidden):
@@ -342,10 +346,9 @@ def test_stop_strings(bpe):
     order = bpe.encode(' Tom has 14 apples. How many\nQuestion: Ann')
 
     class Counts(Uniform):
-        """Says `order`, whatever the prompt: the token after the last one it was fed (the prompt's last is no part of it)."""
+        """Says `order`, whatever the prompt."""
         def trunk(self, ids, positions=None, mask=None, cache=None):
-            t = cache.used + ids.shape[1] - 1
-            cache.used += ids.shape[1]
+            t = 0 if positions is None else positions[0, 0].item()  # prompts are of one token
             return torch.nn.functional.one_hot(torch.tensor(order[t % len(order)]), self.config.vocab_size).float().expand(
                 *ids.shape, -1) * 50
 
