@@ -50,6 +50,7 @@ epochs = 4.0
 max_steps = 0             # updates a round; 0: as many as `epochs` takes
 batch_size = 128
 micro_tokens = 16384
+grad_checkpointing = False  # compute activations again in backward: about a third more time, and memory for one block's alone
 lr = 2e-5
 min_lr = 2e-7
 warmup = 0.03
@@ -186,7 +187,7 @@ if __name__ == '__main__':
             updates += max_steps or -int(-epochs * len(dataset) // batch_size)
         else:
             policy = Transformer.from_pretrained(base if reset == 'base' else previous, device)
-            start = updates
+            policy.grad_checkpointing, start = grad_checkpointing, updates
             updates += finetune(policy, dataset, epochs=epochs, max_steps=max_steps, batch_size=batch_size, micro_tokens=micro_tokens,
                                 lr=lr, min_lr=min_lr, warmup=warmup, weight_decay=weight_decay, grad_clip=grad_clip,
                                 seed=seed * 1000 + round, dtype=dtype,

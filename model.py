@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 from config import UserError, override
 
@@ -275,6 +276,7 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
         self.value_head = None
+        self.grad_checkpointing = False  # keep a block's input alone for backward, and compute the rest again there
 
     def init_weights(self):
         """N(0, 1 / sqrt(fan in)), so that activations keep their size at any width (GPT-2's fixed 0.02 suits a width of 2,500 and
@@ -305,7 +307,10 @@ class Transformer(nn.Module):
         else:
             x = x + self.positions(positions)
         for block in self.blocks:
-            x = block(x, rope, cache)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, None, use_reentrant=False)
+            else:
+                x = block(x, rope, cache)
         return self.norm(x)
 
     def logits(self, hidden):

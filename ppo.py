@@ -75,6 +75,7 @@ replay_staleness = 0.1    # weight of staleness against rank
 epochs = 4                # passes over the rollouts; paper: 4 (as recalled)
 minibatch = 256           # rollouts an update; paper: 256 (as recalled)
 micro_tokens = 16384      # tokens a micro-batch, padding included: what memory allows; the result does not depend on it
+grad_checkpointing = False  # compute activations again in backward: about a third more time, and memory for one block's alone
 clip = 0.2                # of the probability ratio
 value_clip = 0.2          # of the value's change; 0: none
 value_coef = 0.1          # weight of the value loss
@@ -303,6 +304,9 @@ if __name__ == '__main__':
     else:
         value_model = Transformer.from_pretrained(critic_from or policy_from, device).add_value_head()
     separate = value_model not in (None, policy)
+    for learner in (policy, value_model):
+        if learner is not None:
+            learner.grad_checkpointing = grad_checkpointing
     head = None if separate or value_model is None else policy.value_head
     policy.value_head = None  # for a moment: the head on the policy's trunk has a rate of its own
     optimizer = make_optimizer(policy, lr, weight_decay)

@@ -55,6 +55,7 @@ epochs = 4.0
 max_steps = 0             # updates; 0: as many as `epochs` takes
 batch_size = 128
 micro_tokens = 16384
+grad_checkpointing = False  # compute activations again in backward: about a third more time, and memory for one block's alone
 lr = 2e-5
 min_lr = 2e-7
 warmup = 0.03
@@ -230,6 +231,7 @@ if __name__ == '__main__':
     resumed = resume and os.path.exists(os.path.join(out_dir, 'last'))
     if label_tokens == 'new' and not resumed:
         model.add_tokens(tok.vocab_size, 2)
+    model.grad_checkpointing = grad_checkpointing
     optimizer = make_optimizer(model, lr, weight_decay)
     state = load_state(os.path.join(out_dir, 'last'), optimizer) if resumed else {'step': 0, 'best': -1.0}
 

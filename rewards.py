@@ -52,6 +52,7 @@ heldout = 256             # questions of the validation slice on whose solutions
 epochs = 2.0
 batch_size = 64
 micro_tokens = 16384
+grad_checkpointing = False  # compute activations again in backward: about a third more time, and memory for one block's alone
 lr = 1e-5
 min_lr = 1e-6
 warmup = 0.03
@@ -637,6 +638,7 @@ if __name__ == '__main__':
     model = Transformer.from_pretrained(base or policy_from, device)
     if model.value_head is None:
         model.add_value_head()
+    model.grad_checkpointing = grad_checkpointing
     fit(model, rows, steps, log, batch_size=batch_size, micro_tokens=micro_tokens, lr=lr, min_lr=min_lr, warmup=warmup,
         weight_decay=weight_decay, grad_clip=grad_clip, seed=seed, dtype=dtype)
 

@@ -16,5 +16,6 @@ max_rows = 128              # 128 * 1,200 tokens * 0.25 MB of bf16 keys and valu
 epochs = 4.0
 batch_size = 128
 micro_tokens = 8192
+grad_checkpointing = True
 lr = 2e-5
 min_lr = 2e-7

@@ -15,6 +15,7 @@ max_rows = 96               # 96 * 800 tokens * 0.25 MB of bf16 keys and values 
 epochs = 4
 minibatch = 256
 micro_tokens = 2048         # beside all of the above little memory is left for activations
+grad_checkpointing = True
 kl_coef = 0.05
 lr = 1e-6                   # ours: the paper's rate is for LoRA
 min_lr = 1e-7

@@ -12,5 +12,6 @@ max_rows = 192              # 192 * 800 tokens * 0.25 MB of bf16 keys and values
 epochs = 1.0
 batch_size = 64
 micro_tokens = 8192
+grad_checkpointing = True
 lr = 1e-5
 min_lr = 1e-7

@@ -15,5 +15,6 @@ max_rows = 192              # 192 * 800 tokens * 0.25 MB of bf16 keys and values
 epochs = 4.0                # the SFT settings
 batch_size = 128
 micro_tokens = 8192
+grad_checkpointing = True
 lr = 2e-5
 min_lr = 2e-7

@@ -9,6 +9,7 @@ out_dir = 'out/gsm8k_llama2_7b_sft'
 epochs = 4.0                # paper (as recalled): 7,217 / 128 * 4 = 226 updates
 batch_size = 128            # paper (as recalled)
 micro_tokens = 8192         # activations of 32 layers are what memory is short of
+grad_checkpointing = True
 lr = 2e-5                   # paper (as recalled), cosine to 2e-7
 min_lr = 2e-7
 warmup = 0.03

@@ -118,8 +118,8 @@ if __name__ == '__main__':
             seconds[name].append(time.perf_counter() - start)
 
     # The roofline: matrix products of that work at the rate of one product of max_rows rows with the largest weight.
-    weights = [p for p in model.parameters() if p.dim() == 2 and p.shape[0] != model.config.block_size]
-    per_token = sum(2 * p.numel() for p in weights) - (0 if model.config.tied else 2 * model.embed.weight.numel())
+    linear = 2 * sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name.startswith('blocks'))
+    head = 2 * model.head.weight.numel()
     a, w = torch.randn(max_rows, model.config.n_embd, dtype=dtype, device=device), model.blocks[0].mlp.up.weight
     rate = 0.0
     for _ in range(5):
@@ -129,8 +129,7 @@ if __name__ == '__main__':
         if device.type == 'cuda':
             torch.cuda.synchronize()
         rate = max(rate, 10 * 2 * a.numel() * len(w) / (time.perf_counter() - start))
-    total = n_tokens + sum(map(len, texts))  # the prompts are read once each
-    bound = n_tokens / (total * per_token / rate)
+    bound = n_tokens * rate / (linear * (n_tokens + sum(map(len, texts))) + head * n_tokens)  # the prompts are read once each
     print(f'{shape}, {dtype}, {device}, {threads} threads: {prompts} prompts * {k} = {n_tokens:,} tokens; '
           f'{rate / 1e9:.0f} GFLOP/s, so that matrix products alone allow {bound:.0f} tokens/s')
     print('| engine | tokens/s (median) | to ours (median of pairs) | of the matrix-product roofline |\n|---|---|---|---|')

@@ -112,6 +112,21 @@ def test_cached_equals_full_forward(changes):
     assert rows.tolist() == [5] and len(cache.lengths) == 1 and len(cache.k[0]) == 3
 
 
+@pytest.mark.parametrize('changes', [{}, GPT2])
+def test_checkpointed_gradients_are_the_same_and_keep_less(changes):
+    model = loud(Transformer(tiny_config(V, n_layer=4, **changes)))
+    ids = torch.randint(0, V, (2, 30), generator=torch.Generator().manual_seed(0))
+    found = []
+    for model.grad_checkpointing in (False, True):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss = model(ids).square().mean()
+        found.append((sum(kept), loss, torch.autograd.grad(loss, list(model.parameters()))))
+    (before, loss, grads), (after, loss2, grads2) = found
+    assert loss == loss2 and all(torch.equal(a, b) for a, b in zip(grads, grads2))
+    assert after < before / 3
+
+
 def test_bf16_is_close():
     model = loud(Transformer(tiny_config(V)))
     ids = torch.arange(60)[None]
