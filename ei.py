@@ -116,7 +116,7 @@ if __name__ == '__main__':
     policy = Transformer.from_pretrained(policy_from, device, dtype)
     if reset == 'base':
         config_from_hf(read_json(os.path.join(find_checkpoint(base), 'config.json')), base)  # not after hours of sampling
-        check_same_tokenizer(load_tokenizer(base), tok, f'{base} and {policy_from}')
+        check_same_tokenizer(load_tokenizer(base, conditioned=False), tok, f'{base} and {policy_from}')
     if reward not in ('sparse', 'orm') or (reward == 'orm') != bool(reward_model):
         raise UserError("reward is 'sparse', or 'orm' with a reward_model")
     scorer = rewards.load_reward_model(reward_model, tok, device) if reward == 'orm' else None
@@ -135,7 +135,8 @@ if __name__ == '__main__':
         log(0, prompted_maj1=evaluation.greedy_accuracy(Sampler(policy, tok, max_rows, dtype), val_problems, max_new_tokens, demonstrations))
     prompt_ids = [tok.encode_prompt(rewards.prompt(p.question)) for p in questions]
 
-    # D_0. The ids of a sampled solution go into the data set as they were drawn, never decoded and encoded again.
+    # D_0. The ids of a sampled solution go into the data set as they were drawn, never decoded and encoded again (but for those
+    # after worked examples, which have to be cut where the next question begins).
     dataset = solution_examples(worked, tok) if include_sft else []
     seen = [set() for _ in questions]
     if include_sft:

@@ -30,7 +30,7 @@ import numpy as np
 import rewards
 from config import UserError, bar, override, read_rows
 from model import Transformer, find_checkpoint, setup
-from sample import Example, Sampler, answer, load_tokenizer
+from sample import Example, Sampler, answer, load_tokenizer, refuse_too_long
 
 # -----------------------------------------------------------------------------
 # settings
@@ -45,7 +45,7 @@ top_p = 1.0           # 1: all
 scorer = ''           # a reward model (python rewards.py config/demo_orm.py): adds rerank@K and weighted@K
 few_shot = 0          # worked examples before the question, the first of the validation slice: for a base model, 2
 condition = 'good'    # what a return-conditioned policy (rcrl.py) is told before its lines: 'good', 'bad' or 'none'
-max_new_tokens = 256  # budget of every sample
+max_new_tokens = 256  # budget of every sample; the labels within a return-conditioned policy's solution count
 max_rows = 256        # samples decoded at a time
 micro_tokens = 16384  # tokens that the scorer reads at a time, padding included
 out_dir = ''          # where eval_<task>.json goes; empty: init_from, if that is a folder
@@ -132,13 +132,15 @@ def explore(sampler, problems, path, k, max_new_tokens, temperature, seed, desc,
     Each problem is a line of the file `path`, written as it comes. What is there already is not drawn again; since a
     sample depends on seed and question alone, an exploration in pieces equals one in a single go."""
     rows, stop, tok = read_rows(path), (rewards.NEXT_QUESTION,) if examples else (), sampler.tokenizer
+    prompts = [tok.encode_prompt(rewards.prompt(p.question, examples)) for p in problems]
+    refuse_too_long(sampler, prompts, max_new_tokens)
     with open(path, 'a', encoding='utf-8') as f:
         chunk = max(1, 4 * sampler.max_rows // k)  # problems a time: enough to fill some batches
         progress = bar(desc=desc, total=len(problems))
         progress.update(len(rows))
         for i in range(len(rows), len(problems), chunk):
             todo = problems[i:i + chunk]
-            samples = answer(sampler, [rewards.prompt(p.question, examples) for p in todo], k, max_new_tokens, temperature, stop=stop, seed=seed)
+            samples = answer(sampler, prompts[i:i + chunk], k, max_new_tokens, temperature, stop=stop, seed=seed)
             for j, p in enumerate(todo):
                 records = [judge(s, p, tok, stop) | {'ids': s.ids} for s in samples[j * k:(j + 1) * k]]
                 if examples:
@@ -166,7 +168,9 @@ def with_scores(records, scores):
 def greedy_accuracy(sampler, problems, max_new_tokens, examples=()):
     """maj@1: the share of problems whose greedy solution is right."""
     stop = (rewards.NEXT_QUESTION,) if examples else ()
-    samples = answer(sampler, [rewards.prompt(p.question, examples) for p in problems], 1, max_new_tokens, 0, stop=stop, desc='maj@1')
+    prompts = [sampler.tokenizer.encode_prompt(rewards.prompt(p.question, examples)) for p in problems]
+    refuse_too_long(sampler, prompts, max_new_tokens)
+    samples = answer(sampler, prompts, 1, max_new_tokens, 0, stop=stop, desc='maj@1')
     return sum(judge(s, p, sampler.tokenizer, stop)['correct'] for s, p in zip(samples, problems)) / len(problems)
 
 
@@ -333,6 +337,8 @@ if __name__ == '__main__':
         records = []
     sampler = Sampler(Transformer.from_pretrained(folder, device), tok, max_rows, dtype, condition or 'none')
     reward_model = rewards.load_reward_model(scorer, tok, device) if scorer else None
+    every_prompt = [tok.encode_prompt(rewards.prompt(p.question, examples)) for p in problems]
+    refuse_too_long(sampler, every_prompt, max_new_tokens)
     os.makedirs(out_dir, exist_ok=True)
     with open(records_file, 'w', encoding='utf-8') as f:
         for row in [identity] + records:
@@ -342,7 +348,7 @@ if __name__ == '__main__':
         progress.update(len(records))
         for i in range(len(records), len(problems), chunk):
             todo = problems[i:i + chunk]
-            prompts = [rewards.prompt(p.question, examples) for p in todo]
+            prompts = every_prompt[i:i + chunk]
             greedy = answer(sampler, prompts, 1, max_new_tokens, 0, stop=stop)
             drawn = answer(sampler, prompts, k, max_new_tokens, temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed) if k else []
             judged = [judge(s, todo[j // k], tok, stop) for j, s in enumerate(drawn)]

@@ -174,14 +174,14 @@ class KVCache:
 
     Prompts are kept once, however many samples they have: prompt_k[layer], prompt_v[layer] (P, n_kv_head, longest, head_dim), padded on
     the right. In a decoding step a prompt's keys are read once for all of its samples, as one matrix product. The samples' own
-    tokens are in blocks, k[layer][b] and v[layer][b] (rows, n_kv_head, 32, head_dim), that are added as they are needed: dense
-    tensors, since matrix products read a slice of a longer one 2 to 10 times slower."""
-    BLOCK = 32
+    tokens are in blocks, k[layer][b] and v[layer][b] (rows, n_kv_head, block, head_dim), that are added as they are needed: dense
+    tensors, since a CPU's matrix products read a slice of a longer one 2 to 10 times slower."""
 
     def __init__(self, config, lengths, device, dtype):
         """lengths: (P,) of the prompts. They are filled by trunk(ids, cache=cache), some rows at a time: see `filling`."""
         shape = (len(lengths), config.n_kv_head, int(lengths.max()), config.head_dim)
         self.lengths, self.n_layer = lengths.to(device), config.n_layer
+        self.block_size = 32 if torch.device(device).type == 'cpu' else 256  # on a GPU every block is a launch more
         self.prompt_k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.prompt_v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.filling = slice(None)  # the prompts that trunk reads now; None: it reads a token of every sample
@@ -235,12 +235,12 @@ class KVCache:
             self.prompt_v[layer][self.filling, :, :k.shape[2]] = v
             return attend(q, k, v)
         (rows, H, _, D), KV = q.shape, k.shape[1]
-        block, slot = divmod(self.used, self.BLOCK)
+        block, slot = divmod(self.used, self.block_size)
         if slot == 0:
             for blocks in (self.k[layer], self.v[layer]):
-                blocks.append(k.new_zeros(rows, KV, self.BLOCK, D))  # zeros: what is not filled yet is multiplied by 0
+                blocks.append(k.new_zeros(rows, KV, self.block_size, D))  # zeros: what is not filled yet is multiplied by 0
         if layer == 0:
-            own = torch.zeros(rows, (block + 1) * self.BLOCK, device=q.device)
+            own = torch.zeros(rows, (block + 1) * self.block_size, device=q.device)
             own[:, self.used + 1:] = -torch.inf
             self.mask = torch.cat((self.prompt_mask, own), -1)[:, None, None]           # (rows, 1, 1, slots)
         self.k[layer][block][:, :, slot], self.v[layer][block][:, :, slot] = k[:, :, 0], v[:, :, 0]
@@ -248,7 +248,7 @@ class KVCache:
         scores = [self._by_row(self._by_prompt(q) @ self.prompt_k[layer].transpose(-1, -2), H // KV)]
         scores += [q @ keys.transpose(-1, -2) for keys in self.k[layer]]
         p = (torch.cat(scores, -1) + self.mask).softmax(-1).to(v.dtype)                  # (rows, KV, G, slots)
-        p, *own = p.split([self.prompt_mask.shape[1]] + [self.BLOCK] * (block + 1), -1)
+        p, *own = p.split([self.prompt_mask.shape[1]] + [self.block_size] * (block + 1), -1)
         y = self._by_row(self._by_prompt(p) @ self.prompt_v[layer], H // KV)
         for p, values in zip(own, self.v[layer]):
             y = y + p @ values

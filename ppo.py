@@ -276,9 +276,9 @@ if __name__ == '__main__':
     policy = Transformer.from_pretrained(os.path.join(out_dir, 'last') if resume else policy_from, device)
     reference = Transformer.from_pretrained(ref or policy_from, device, dtype).requires_grad_(False)
     if ref:
-        check_same_tokenizer(load_tokenizer(ref), tok, f'ref = {ref} and {policy_from}')
+        check_same_tokenizer(load_tokenizer(ref, conditioned=False), tok, f'ref = {ref} and {policy_from}')
     if critic_from:
-        check_same_tokenizer(load_tokenizer(critic_from), tok, f'critic_from = {critic_from} and {policy_from}')
+        check_same_tokenizer(load_tokenizer(critic_from, conditioned=False), tok, f'critic_from = {critic_from} and {policy_from}')
     scorer = rewards.load_reward_model(reward_model, tok, device, dtype) if learned else None
     problems = rewards.load_problems(task, 'train')
     if not 0 <= n_questions <= len(problems):

@@ -24,7 +24,7 @@ from collections import Counter
 import eval as evaluation
 import rewards
 from config import Log, UserError, bar, override, read_rows, read_run, start_run
-from model import Transformer, find_checkpoint, load_state, make_optimizer, save_state, setup
+from model import Transformer, config_from_hf, find_checkpoint, load_state, make_optimizer, read_json, save_state, setup
 from sample import Example, Sampler, check_same_tokenizer, load_tokenizer
 from sft import finetune, n_learned, solution_examples
 
@@ -48,7 +48,7 @@ threshold = 0.5           # a step is [GOOD] if this share of them is right; pap
 label_tokens = 'new'      # 'new': two more rows of the vocabulary; 'text': the plain text "[GOOD]" and "[BAD]"
 unlabelled = 0.0          # share of solutions that are learned without labels; without any, condition = 'none' is a text never seen
 # what is learned from: a share of 0 takes all there is
-right_share = 0.75        # share of right solutions; the paper found an even mix of good and bad the worst
+right_share = 0.75        # share of right solutions; the paper found an even mix of good and bad the worst (as recalled)
 good_share = 0.0          # share of [GOOD] among the steps that are learned; the others are read, with their labels
 # fine-tuning, as in sft.py
 epochs = 4.0
@@ -152,6 +152,8 @@ if __name__ == '__main__':
         raise UserError('k, rollouts and eval_problems must be at least 1, temperature above 0, threshold above 0 and at most 1')
     if not (0 <= right_share <= 1 and 0 <= good_share <= 1 and 0 <= unlabelled < 1):
         raise UserError('right_share and good_share are from 0 (all there is) to 1, unlabelled is from 0 to below 1')
+    if min(batch_size, micro_tokens) < 1 or epochs <= 0:
+        raise UserError('batch_size and micro_tokens must be at least 1, epochs above 0')
     if granularity == 'solution' and good_share:
         raise UserError("with granularity = 'solution' there are no labels of steps: right_share sets the mix")
     if not base:
@@ -163,8 +165,10 @@ if __name__ == '__main__':
     worked, questions = problems[:n_worked or None] if include_sft else [], problems[:n_questions or None]
     policy_from = read_run(out_dir)['init_from'] if resume else init_from
     tok = load_tokenizer(policy_from, conditioned=False)
-    find_checkpoint(base)
-    check_same_tokenizer(load_tokenizer(base, conditioned=False), tok, f'{base} and {policy_from}')
+    config_from_hf(read_json(os.path.join(find_checkpoint(base), 'config.json')), base)
+    base_tok = load_tokenizer(base, conditioned=False)
+    check_same_tokenizer(base_tok, tok, f'{base} and {policy_from}')
+    base_tok.add_labels(granularity, label_tokens == 'new')  # can they be added? Not after hours of sampling
     sampler = Sampler(Transformer.from_pretrained(policy_from, device, dtype), tok, max_rows, dtype)
     start_run(settings, resume, overwrite)
     log = Log(out_dir, resume)
@@ -203,32 +207,37 @@ if __name__ == '__main__':
     for group, row in zip(groups, rows):
         for r, labels in zip(group, row['labels']):
             solutions.setdefault((r.problem.question, tuple(r.ids)), (r, labels))
-    rng = random.Random(seed)
-    solutions = list(solutions.values())
-    chosen = [solutions[i] for i in with_share([r.correct for r, _ in solutions], right_share, rng)]
-    chosen = [(r, labels or [True] * len(r.lines)) for r, labels in chosen]
-    steps = [(i, step, g) for i, (r, labels) in enumerate(chosen) for step, g in enumerate(labels)]
-    taken = [steps[i] for i in with_share([g for _, _, g in steps], good_share, rng)]
-    learned = [set() for _ in chosen]
-    for i, step, _ in taken:
-        learned[i].add(step)
     tok.add_labels(granularity, label_tokens == 'new')
-    model = Transformer.from_pretrained(os.path.join(out_dir, 'last') if resume and os.path.exists(os.path.join(out_dir, 'last')) else base,
-                                        device)
-    dataset = [labelled_example(tok.encode_prompt(rewards.prompt(r.problem.question)), r.ids, rewards.step_ends(r),
-                                labels if rng.random() >= unlabelled else None, tok, which)
-               for (r, labels), which in zip(chosen, learned) if which]
-    dataset = [e for e in dataset if len(e.ids) <= model.config.block_size + 1]
+    resumed = resume and os.path.exists(os.path.join(out_dir, 'last'))
+    model = Transformer.from_pretrained(os.path.join(out_dir, 'last') if resumed else base, device)
+
+    def example(r, labels, learned):
+        return labelled_example(tok.encode_prompt(rewards.prompt(r.problem.question)), r.ids, rewards.step_ends(r), labels, tok, learned)
+
+    fits = [(r, labels or [True] * len(r.lines)) for r, labels in solutions.values()]
+    fits = [(r, labels) for r, labels in fits if len(example(r, labels, None).ids) <= model.config.block_size + 1]
+    if len(fits) < len(solutions):
+        print(f'left out: {len(solutions) - len(fits)} of {len(solutions)} solutions, with their labels longer than the context of {model.config.block_size}')
+    rng = random.Random(seed)
+    chosen = [fits[i] for i in with_share([r.correct for r, _ in fits], right_share, rng)]
+    steps = [(i, step, good) for i, (_, labels) in enumerate(chosen) for step, good in enumerate(labels)]
+    learned = [set() for _ in chosen]
+    for n in with_share([good for _, _, good in steps], good_share, rng):
+        learned[steps[n][0]].add(steps[n][1])
+    for (_, labels), which in zip(chosen, learned):
+        if not which:  # a solution of which nothing would be left keeps its last step: else right_share would no longer hold
+            which.add(len(labels) - 1)
+    dataset = [example(r, labels if rng.random() >= unlabelled else None, which) for (r, labels), which in zip(chosen, learned)]
     if not dataset:
-        raise UserError(f'nothing to learn from: of {len(solutions):,} solutions {sum(r.correct for r, _ in solutions):,} are right, and '
-                        f'right_share = {right_share} and good_share = {good_share} leave none (0 takes all there is)')
-    log(0, solutions=len(solutions), solutions_right=sum(r.correct for r, _ in solutions) / len(solutions), dataset=len(dataset),
-        dataset_right=sum(r.correct for r, _ in chosen) / len(chosen), steps_good=sum(g for _, _, g in steps) / len(steps),
-        learned_steps=len(taken), learned_good=sum(g for _, _, g in taken) / len(taken), learned_tokens=n_learned(dataset),
+        raise UserError(f'nothing to learn from: of {len(fits):,} solutions {sum(r.correct for r, _ in fits):,} are right, and '
+                        f'right_share = {right_share} leaves none (0 takes all there is)')
+    taken = [labels[step] for (_, labels), which in zip(chosen, learned) for step in which]
+    log(0, solutions=len(fits), solutions_right=sum(r.correct for r, _ in fits) / len(fits), dataset=len(dataset),
+        dataset_right=sum(r.correct for r, _ in chosen) / len(chosen), steps=len(steps), steps_good=sum(good for _, _, good in steps) / len(steps),
+        learned_steps=len(taken), learned_good=sum(taken) / len(taken), learned_tokens=n_learned(dataset),
         rollouts_drawn=sum(row['rollouts'] for row in rows))
 
     # 4. fine-tune the base on them, labels read and not learned
-    resumed = resume and os.path.exists(os.path.join(out_dir, 'last'))
     if label_tokens == 'new' and not resumed:
         model.add_tokens(tok.vocab_size, 2)
     model.grad_checkpointing = grad_checkpointing
@@ -254,7 +263,8 @@ if __name__ == '__main__':
              log=log, optimizer=optimizer, start_step=state['step'], desc='rcrl')
 
     # 5. do the labels mean anything?
-    model = Transformer.from_pretrained(os.path.join(out_dir, 'best'), device)
+    del model, optimizer
+    model = Transformer.from_pretrained(os.path.join(out_dir, 'best'), device, dtype)
     after = {condition: maj1(condition) for condition in ('good', 'bad', 'none')}
     log(state['step'], **{f'val_maj1_{condition}': accuracy for condition, accuracy in after.items()})
     print(f'maj@1 on the validation slice after [GOOD] {after["good"]:.3f}, after [BAD] {after["bad"]:.3f}, without a label {after["none"]:.3f}: '

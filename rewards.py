@@ -580,7 +580,7 @@ if __name__ == '__main__':
     sampler = Sampler(Transformer.from_pretrained(policy_from, device, dtype), tok, max_rows, dtype)
     if base:
         find_checkpoint(base)
-        check_same_tokenizer(load_tokenizer(base), tok, f'{base} and {policy_from}')
+        check_same_tokenizer(load_tokenizer(base, conditioned=False), tok, f'{base} and {policy_from}')
     if samples and not (os.path.isfile(samples) and all(len(row['samples']) == k for row in read_rows(samples))):
         raise UserError(f'samples = {samples!r} is no file with k = {k} solutions of each question')
     start_run(settings, resume, overwrite)

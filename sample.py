@@ -1,9 +1,9 @@
 """
 Text to token ids and back, and the batched sampler.
 
-A prompt is prefilled once and its keys and values are repeated for its K samples. All rows of a batch then share one slot
-counter (shorter prompts are padded on the left, and masked), so that a decoding step appends to the cache with one slice
-assignment; rows that ended leave the batch. Every row draws from a random stream of its own, a hash of (seed, prompt,
+A prompt is prefilled once, and its keys and values are read once a step for all of its samples. Samples that started together, a
+cohort, are equally long at every step, which spares padding and masks; those that ended leave, and as rows become free the next
+cohort starts, so that the batch stays full to the end. Every row draws from a random stream of its own, a hash of (seed, prompt,
 number of the sample): its tokens depend neither on its batch-mates nor on the order of the work, so that an exploration
 that was stopped half-way, or spread over machines, gives the same samples as one that was not.
 
@@ -148,11 +148,14 @@ class HFTokenizer(PromptEncoding):
     def decode(self, ids):
         return self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def save(self, folder):
-        if self.labels and self.labels.new:
+    def add_labels(self, granularity, new):
+        super().add_labels(granularity, new)
+        if new:
             self.hf.add_tokens(list(LABELS), special_tokens=True)
             if self.hf.convert_tokens_to_ids(list(LABELS)) != self.labels.good + self.labels.bad:
                 raise UserError(f"this tokenizer gives {' and '.join(LABELS)} other ids than its next two; take label_tokens = 'text'")
+
+    def save(self, folder):
         self.hf.save_pretrained(folder)
         self.save_labels(folder)
 
@@ -280,11 +283,13 @@ def draw(logits, u, temperature, top_k=0, top_p=1.0, vocab_size=None):
     from vocab_size on, which pad the embedding, are never drawn."""
     R, V = logits.shape
     x = logits / (temperature or 1.0)
-    top = x.max(-1, keepdim=True).values
+    real = V if vocab_size is None else vocab_size
+    top = x[:, :real].max(-1, keepdim=True).values
     p = (x - top).exp_()
+    p[:, real:] = 0
     log_total = p.sum(-1).log_() + top[:, 0]
-    if vocab_size is not None:
-        p[:, vocab_size:] = 0
+    if real < V:
+        log_total = torch.logaddexp(log_total, x[:, real:].logsumexp(-1))
     if temperature == 0:
         token = p.argmax(-1)
         return token, x.gather(-1, token[:, None])[:, 0] - log_total
@@ -298,7 +303,7 @@ def draw(logits, u, temperature, top_k=0, top_p=1.0, vocab_size=None):
     def below(cdf, target):  # strictly below the total, so that what is found is a place at which the sum still grows
         total = cdf[:, -1:]
         target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(cdf, target, right=True), target
+        return torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[-1] - 1), target
 
     # In two steps, a block of 64 tokens and a token of the block: a running sum over the whole vocabulary takes three times as long.
     blocks = F.pad(p, (0, -V % 64)).view(R, -1, 64)
@@ -306,7 +311,7 @@ def draw(logits, u, temperature, top_k=0, top_p=1.0, vocab_size=None):
     block, target = below(cdf, u[:, None] * cdf[:, -1:])
     before = F.pad(cdf, (1, 0)).gather(-1, block)
     inside, _ = below(blocks[torch.arange(R, device=p.device), block[:, 0]].cumsum(-1), target - before)
-    token = (block * 64 + inside)[:, 0]
+    token = (block * 64 + inside)[:, 0].clamp(max=real - 1)
     return token, x.gather(-1, token[:, None])[:, 0] - log_total
 
 
@@ -392,11 +397,16 @@ class Cohort:
         """Prefills the prompts (lists of ids; equal neighbours once) -> logits (R, V) of every sample's first token."""
         self.sampler, self.rows, self.t = sampler, rows, 0
         model, device = sampler.model, sampler.device
-        unique, source = [], []  # source: row -> its prompt's number in unique
+        # Equal neighbours are one prompt; but the cache has a table of prompts * the most samples of one, so that a prompt with
+        # many more samples than the others is taken as several.
+        most_samples = 2 * math.ceil(len(prompts) / sum(a != b for a, b in zip(prompts, [[]] + prompts)))
+        unique, source, n = [], [], 0  # source: row -> its prompt's number in unique
         for p in prompts:
-            if not unique or p != unique[-1]:
+            if not unique or p != unique[-1] or n == most_samples:
                 unique.append(p)
+                n = 0
             source.append(len(unique) - 1)
+            n += 1
         length = torch.tensor([len(p) for p in unique])
         longest = int(length.max())
         self.cache = KVCache(model.config, length, device, sampler.dtype)
@@ -440,7 +450,7 @@ class Cohort:
         self.ids[row, t], self.logprobs[row, t] = token, logprob
         ended = token == tokenizer.eos
         if stop:
-            ended |= self.sampler._stopped(self.ids[row, :t + 1], stop)
+            ended |= self.sampler._stopped(self.ids[row, :t + 1], self.read[row, :t + 1], stop)
         going = ~self.done[row]
         new = row[ended & going]
         self.finished[new], self.length[new] = True, t + 1
@@ -477,13 +487,18 @@ class Together:
 
 
 class Sampler:
-    """Sampler(model, tokenizer).generate(prompts) -> list of Sample. max_rows: samples decoded at a time; the cache takes
-    max_rows * (prompt + max_new_tokens) * 2 * n_layer * n_kv_head * head_dim numbers. dtype: of the matrix products. condition:
+    """Sampler(model, tokenizer).generate(prompts) -> list of Sample. max_rows: samples decoded at a time; the cache takes at most
+    (prompts * longest + max_rows * max_new_tokens) * 2 * n_layer * n_kv_head * head_dim numbers, with the prompts of max_rows
+    samples, and for a moment half of that again when rows leave. dtype: of the matrix products. condition:
     'good', 'bad' or 'none', what a return-conditioned policy is told before its lines; others are told nothing."""
 
     def __init__(self, model, tokenizer, max_rows=256, dtype=torch.float32, condition='good'):
         self.model, self.tokenizer, self.max_rows, self.dtype = model, tokenizer, max_rows, dtype
         self.device = model.embed.weight.device
+        if condition not in ('good', 'bad', 'none') or condition == 'bad' and not tokenizer.labels:
+            raise UserError(f"condition is 'good', 'bad' or 'none', and other than 'good' for return-conditioned policies alone (rcrl.py); not {condition!r}")
+        if max_rows < 1:
+            raise UserError('max_rows must be at least 1')
         self.label = getattr(tokenizer.labels, condition) if tokenizer.labels and condition != 'none' else []
         self.ends_line = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
         if self.label:
@@ -497,6 +512,8 @@ class Sampler:
         count. temperature 0 is greedy. stop: strings that end a sample. desc: a title for the progress bar. UserError for a bad
         argument, an empty prompt, and a prompt that leaves no room for the budget within the model's context."""
         budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        if len(budgets) != len(prompts):
+            raise UserError(f'{len(budgets)} budgets for {len(prompts)} prompts')
         for name, bad, rule in (('k', k < 1, 'at least 1'), ('max_new_tokens', any(b < 1 for b in budgets), 'at least 1'),
                                 ('temperature', not 0 <= temperature < float('inf'), '0 (greedy) or more'),
                                 ('top_k', top_k < 0, '0 (all) or more'), ('top_p', not 0 < top_p <= 1, 'above 0 and at most 1')):
@@ -536,7 +553,8 @@ class Sampler:
                     cache = cohorts[0].cache if len(cohorts) == 1 else Together([c.cache for c in cohorts])
                     logits = self.model.logits(self.model.trunk(token, positions, cache)[:, 0])
                     for c, part in zip(cohorts, logits.split([len(c.row) for c in cohorts])):
-                        c.logits, c.positions = part, c.positions + 1
+                        # A sample that is done may wait some steps for others to leave with it: not beyond the context.
+                        c.logits, c.positions = part, (c.positions + 1).clamp(max=self.model.config.block_size - 1)
                 for c in cohorts:
                     if c.logits is not None:
                         c.take(temperature, top_k, top_p, stop)
@@ -550,20 +568,30 @@ class Sampler:
             progress.close()
         return samples
 
-    def _stopped(self, ids, stop):
-        """Whether each row of ids (R, t + 1) has just completed a stop string: looks at the text of its last tokens, as many
-        as the longest string has characters (a token has at least one byte), and some for a character of many bytes."""
-        tail = ids[:, -(max(map(len, stop)) + 4):].tolist()
-        return torch.tensor([any(s in self.tokenizer.decode(row) for s in stop) for row in tail], device=self.device)
+    def _stopped(self, ids, read, stop):
+        """Whether each row of ids (R, t + 1) has just completed a stop string, labels (where `read`) left out: looks at the text of
+        its last tokens, as many as the longest string has characters (a token has at least one byte), and some for a character of
+        many bytes."""
+        tail = max(map(len, stop)) + 4
+        texts = [self.tokenizer.decode([i for i, label in zip(row, labels) if not label][-tail:]) if not labels[-1] else ''
+                 for row, labels in zip(ids.tolist(), read.tolist())]
+        return torch.tensor([any(s in text for s in stop) for text in texts], device=self.device)
+
+
+def refuse_too_long(sampler, prompts, max_new_tokens):
+    """UserError if none of the prompts (lists of ids) leaves room for the budget in the model's context."""
+    shortest, block_size = min(map(len, prompts)) + len(sampler.label), sampler.model.config.block_size
+    if shortest + max_new_tokens > block_size:
+        raise UserError(f'the shortest prompt, of {shortest} tokens, and max_new_tokens = {max_new_tokens} exceed the context of {block_size} tokens')
 
 
 def answer(sampler, prompts, k, max_new_tokens, temperature, **arguments):
     """Sampler.generate, but a prompt without room for its budget in the model's context gets empty samples, which count as
-    wrong, instead of ending the run; UserError if that is every prompt."""
+    wrong, instead of ending the run."""
     prompts = [sampler.tokenizer.encode_prompt(p) if isinstance(p, str) else p for p in prompts]
     budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     fits = [len(p) + len(sampler.label) + budget <= sampler.model.config.block_size for p, budget in zip(prompts, budgets)]
-    which = [i for i, fit in enumerate(fits) if fit] or [0]  # none: let the sampler say why
+    which = [i for i, fit in enumerate(fits) if fit]
     drawn = iter(sampler.generate([prompts[i] for i in which], k, [budgets[i] for i in which], temperature, **arguments))
     return [next(drawn) if fit else Sample(p, [], [], False) for p, fit in zip(prompts, fits) for _ in range(k)]
 

@@ -12,7 +12,7 @@ include_sft = False         # no human solution is learned from
 n_rounds = 5                # paper: 4 to 5 from a pretrained model
 k = 96
 temperature = 1.0
-max_rows = 128              # 128 * 1,200 tokens * 0.25 MB of bf16 keys and values = 38 GB at the most
+max_rows = 128              # 128 * (256 of its own + 800 of the prompt) * 0.5 MB of bf16 keys and values = 68 GB at the most
 epochs = 4.0
 batch_size = 128
 micro_tokens = 8192

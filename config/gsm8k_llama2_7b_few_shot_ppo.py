@@ -8,4 +8,4 @@ from config.gsm8k_llama2_7b_ppo_sparse import *
 init_from = 'meta-llama/Llama-2-7b-hf'
 out_dir = 'out/gsm8k_llama2_7b_few_shot_ppo'
 few_shot = 2                # worked examples before every question, in training as at evaluation
-max_rows = 64               # 64 * 1,200 tokens * 0.25 MB of bf16 keys and values = 19 GB at the most
+max_rows = 16               # 16 * (256 of its own + 800 of the prompt) * 0.5 MB of bf16 keys and values = 8 GB at the most

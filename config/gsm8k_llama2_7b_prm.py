@@ -8,7 +8,7 @@ init_from = 'out/gsm8k_llama2_7b_sft'
 out_dir = 'out/gsm8k_llama2_7b_prm'
 k = 2
 rollouts = 8
-max_rows = 192              # 192 * 800 tokens * 0.25 MB of bf16 keys and values = 40 GB at the most
+max_rows = 192              # 192 * (256 of its own + 300 of the prompt) * 0.5 MB of bf16 keys and values = 53 GB at the most
 epochs = 1.0
 batch_size = 64
 micro_tokens = 8192

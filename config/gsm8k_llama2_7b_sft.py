@@ -13,4 +13,4 @@ grad_checkpointing = True
 lr = 2e-5                   # paper (as recalled), cosine to 2e-7
 min_lr = 2e-7
 warmup = 0.03
-max_rows = 64               # rows of greedy decoding: 64 * 800 tokens * 0.5 MB of fp32 keys and values = 27 GB at the most
+max_rows = 64               # 64 * (256 of its own + 300 of the prompt) * 0.5 MB of bf16 keys and values = 18 GB, beside the optimizer

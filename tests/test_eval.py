@@ -134,8 +134,18 @@ def test_a_prompt_without_room_is_a_wrong_answer_not_the_end(bpe):
     assert [bool(s.ids) for s in samples] == [True, True, False, False, True, True]
     assert [s.ids for s in samples if s.ids] == [s.ids for s in sampler.generate(['A', 'Question: Tom'], 2, 10, 1.0)]
     assert not judge(samples[2], Problem('q', '#### 18', '18'), bpe)['correct']
-    with pytest.raises(UserError, match='exceed the context'):
-        evaluation.answer(sampler, ['Question: Tom ' * 50], 1, 10, 0)
+    assert [s.ids for s in evaluation.answer(sampler, ['Question: Tom ' * 50], 2, 10, 0)] == [[], []]
+
+
+def test_questions_without_room_do_not_end_an_exploration_unless_it_is_all_of_them(bpe, tmp_path):
+    sampler = Sampler(loud(Transformer(tiny_config(bpe.vocab_size))), bpe, max_rows=1)
+    long, short = Problem('Tom ' * 90, '#### 1', '1'), Problem('Tom?', '#### 1', '1')
+    found = evaluation.explore(sampler, [long] * 9 + [short], str(tmp_path / 'a'), 2, 10, 1.0, 0, '')  # whole chunks of the long one
+    assert [len(r['ids']) for records in found[:9] for r in records] == [0] * 18 and all(r['ids'] for r in found[9])
+    for call in (lambda: evaluation.explore(sampler, [long] * 9, str(tmp_path / 'b'), 2, 10, 1.0, 0, ''),
+                 lambda: evaluation.greedy_accuracy(sampler, [long], 10)):
+        with pytest.raises(UserError, match='exceed the context of 96 tokens'):
+            call()
 
 
 class Decodes:

@@ -258,6 +258,25 @@ def test_a_label_is_never_drawn(bpe):
         assert all(max(s.ids) < bpe.vocab_size for s in Sampler(model, tok).generate(['A', 'Tom'], 50, 20, temperature))
 
 
+def test_bad_conditions(model, bpe):
+    for tok, condition in ((with_labels(bpe), 'great'), (with_labels(bpe), 'granularity'), (bpe, 'bad')):
+        with pytest.raises(UserError, match="condition is 'good', 'bad' or 'none'"):
+            Sampler(model, tok, condition=condition)
+    with pytest.raises(UserError, match='max_rows'):
+        Sampler(model, bpe, max_rows=0)
+
+
+def test_labels_do_not_stand_between_the_parts_of_a_stop_string(bpe):
+    tok = with_labels(bpe, 'step', False)
+    newline, = bpe.encode('\n')
+    model = loud(Transformer(tiny_config(bpe.vocab_size)))
+    model.logits = lambda hidden: F.one_hot(torch.full((len(hidden),), newline), bpe.vocab_size).float() * 50
+    alone = -(-31 // (1 + len(tok.labels.good)))  # line breaks in a budget of 31, with a label after each
+    for stop, finished, n in (('\n\n', True, 2), ('GOOD', False, alone)):  # the label is no text of the sample's
+        sample, = Sampler(model, tok).generate(['A'], 1, 31, 0, stop=stop)
+        assert (sample.finished, len(sample.ids)) == (finished, n)
+
+
 def test_a_budget_for_each_prompt(model, bpe):
     prompts = ['Question: Tom', 'A', 'Question: Ann sells 4 pens for 5 dollars each. How much'] * 3
     budgets = [5, 30, 1, 12, 7, 30, 2, 2, 9]
@@ -265,6 +284,12 @@ def test_a_budget_for_each_prompt(model, bpe):
     whole = Sampler(model, bpe).generate(prompts, 2, 30, 1.5, seed=1)
     for budget, s, w in zip([b for b in budgets for _ in range(2)], samples, whole):
         assert s.ids == w.ids[:budget] and s.finished == (w.finished and len(w.ids) <= budget)
+    # what is done waits for others to leave with it: within the context, though its prompt ends just before its end
+    long = [bpe.encode('Question: Tom ' * 20)[:90]] + [bpe.encode('Question: Ann')] * 20
+    samples = Sampler(model, bpe).generate(long, 1, [4] + [80] * 20, 1.5)
+    assert len(samples[0].ids) <= 4 and max(len(s.ids) for s in samples) > 40
+    with pytest.raises(UserError, match='2 budgets for 9 prompts'):
+        Sampler(model, bpe).generate(prompts, 1, [3, 4], 1.0)
     with pytest.raises(UserError, match='max_new_tokens = 90 exceed the context of 96'):
         Sampler(model, bpe).generate(prompts, 1, budgets[:-1] + [90], 1.0)
 
@@ -355,6 +380,15 @@ def test_other_labels_mean_something_too(script, coin, tmp_path, flags):
         assert rows[0]['learned_good'] == pytest.approx(0.5, abs=0.02)
 
 
+def test_both_ratios_at_once(script, coin, tmp_path):
+    """More good steps than the chosen solutions have: of a wrong one, whose steps are all bad, the last stays."""
+    script('rcrl.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--base={coin}/policy', f'--out_dir={tmp_path}/run', *RUN, '--good_share=0.65',
+           '--max_steps=2')
+    row = log_of(tmp_path / 'run')[0]
+    assert row['dataset_right'] == pytest.approx(0.5, abs=0.02)
+    assert row['steps_good'] < 0.55 < row['learned_good'] < 0.7 and row['learned_steps'] < row['steps']
+
+
 def test_stopped_anywhere_it_ends_the_same(learned, script, coin, tmp_path):
     def cut(path, share):
         text = path.read_text()
@@ -402,6 +436,9 @@ def test_bad_input(script, coin, learned, tmp_path):
     # who does not know what to tell it does not take a return-conditioned policy
     for command, flags in (('sft.py', []), ('ei.py', [policy[1]]), ('ppo.py', []), ('rewards.py', ['--kind=orm']), ('rcrl.py', [policy[1]])):
         refused(f'--init_from={learned}', *flags, match='is a return-conditioned policy', command=command)
+    for command, flag in (('ei.py', '--base'), ('rewards.py', '--base'), ('rcrl.py', '--base'), ('ppo.py', '--ref'), ('ppo.py', '--critic_from')):
+        kind = ['--kind=orm'] if command == 'rewards.py' else ['--max_new_tokens=40'] if command == 'ppo.py' else []
+        refused(policy[0], f'{flag}={learned}', *kind, match='is a return-conditioned policy', command=command)
     refused(f'--init_from={coin}/policy', '--condition=bad', match='is for return-conditioned policies', command='eval.py')
     refused(f'--init_from={learned}', '--few_shot=2', match='takes no few_shot', command='eval.py')
 

@@ -174,7 +174,11 @@ def test_draw_never_takes_padding_or_an_impossible_token():
     for u in (2 ** -24, 0.5, 1 - 2 ** -24):
         token, _ = draw(logits, torch.full((3,), u), 1.0, vocab_size=5)
         assert ((token > 0) & (token < 4)).all()
-    assert draw(torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([0.5]), 0.0, vocab_size=2)[0].item() == 1  # greedy too
+    for far in (9.0, 200.0, 1e30):  # however likely the padding is; greedy too
+        logits = torch.tensor([[0.0, 1.0, far]])
+        assert draw(logits, torch.tensor([0.5]), 0.0, vocab_size=2)[0].item() == 1
+        token, logprob = draw(logits, torch.tensor([0.9]), 1.0, vocab_size=2)
+        assert token.item() == 1 and logprob.item() == pytest.approx(logits.log_softmax(-1)[0, 1].item())
 
 
 def test_token_logprobs_against_log_softmax():
@@ -287,6 +291,31 @@ def test_rows_do_not_depend_on_batch_mates_or_order(model, bpe):
         one = Sampler(model, bpe, 2).generate([prompt], 6, 30, 1.0, seed=3)
         assert [s.ids for s in one] == [s.ids for s in together[6 * i:6 * i + 6]]
         assert [s.ids for s in one] == [s.ids for s in backwards[6 * (3 - i):6 * (3 - i) + 6]]
+
+
+def test_prompts_with_unequal_numbers_of_samples(model, bpe):
+    """One prompt 40 times beside others once: taken as several prompts, whose samples are those of one."""
+    prompts = [PROMPTS[0]] * 40 + PROMPTS[1:]
+    together = Sampler(model, bpe, 64).generate(prompts, 1, 20, 1.0, seed=3)
+    alone = Sampler(model, bpe, 64).generate([PROMPTS[0]], 40, 20, 1.0, seed=3)
+    assert [s.ids for s in together[:40]] == [s.ids for s in alone]
+    assert [s.ids for s in together[40:]] == [s.ids for s in Sampler(model, bpe).generate(PROMPTS[1:], 1, 20, 1.0, seed=3)]
+
+
+def test_a_prompt_is_prefilled_once_and_rows_are_refilled(model, bpe, monkeypatch):
+    prefilled, rows = [], []
+    trunk = Transformer.trunk
+
+    def spy(self, ids, positions=None, cache=None):
+        (prefilled if positions is None else rows).append(len(ids))
+        return trunk(self, ids, positions, cache)
+    monkeypatch.setattr(Transformer, 'trunk', spy)
+    Sampler(model, bpe, 64).generate(PROMPTS, 16, 5, 1.5)
+    assert sum(prefilled) == 4
+    rows.clear()
+    samples = Sampler(model, bpe, 8).generate(PROMPTS * 3, 8, [5, 9, 20, 30] * 3, 1.5)
+    longest = max(len(s.ids) for s in samples)
+    assert max(rows) == 8 and sum(r >= 6 for r in rows) > len(rows) - longest  # at most a quarter is free, but in the end
 
 
 def test_seeds_and_repeated_prompts(model, bpe):
