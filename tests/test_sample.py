@@ -232,7 +232,7 @@ def test_batches_from_lengths():
     ids, learned = collate(rows, 'cpu', 4)
     assert ids.tolist() == [[7, 7, 7, 7], [7, 0, 0, 0], [0, 0, 7, 0]]
     assert learned.int().tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0]]  # an id of 0 is as real as any
-    for longest, most, T in ((4, 100, 5), (9, 100, 9), (10, 100, 13), (10, 12, 12), (12, 12, 12), (13, 12, 13)):
+    for longest, most, T in ((4, 100, 9), (9, 100, 9), (10, 100, 17), (10, 12, 12), (12, 12, 12), (13, 12, 13)):
         assert collate([Example([7] * longest, 1)], 'cpu', most)[0].shape == (1, T)  # few lengths, within the context
     assert micro_batches(range(3), 8, lambda i: len(rows[i].ids)) == [[0, 2], [1]]
 
