@@ -363,8 +363,8 @@ def collate(examples, device, most):
 def epoch_order(examples, batch_size, seed, epoch):
     """The numbers of the examples in the order of an epoch: a permutation by (seed, epoch), in which every window of eight
     updates is sorted by length and its updates are shuffled, so that an update's examples are of similar length. (Windows of 32
-    halve the padding, and the demo's base model then learned so much less that Expert Iteration had nothing to start from.) The
-    first ones complete the update that the epochs before began; what is no whole update comes last."""
+    halve the padding, but the demo's base model learned less at three seeds of three, at one so much less that nothing came of it.)
+    The first ones complete the update that the epochs before began; what is no whole update comes last."""
     rng = random.Random(f'{seed}:{epoch}')
     shuffled = rng.sample(range(len(examples)), len(examples))
     lead = -epoch * len(examples) % batch_size

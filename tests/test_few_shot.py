@@ -34,7 +34,7 @@ def base(tmp_path_factory):
         texts.append(rewards.prompt(f'What is number {number}?') + rewards.completion(solution(1 if i % 10 < 3 else 2)) if i % 3 else f'Here is line {number}.')
     (folder / 'base.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
     subprocess.run([sys.executable, 'sft.py', f'--task={folder}/task', f'--text_file={folder}/base.jsonl', '--texts_per_row=4', *MODEL, '--eval_problems=8',
-                    '--max_steps=250', '--batch_size=16', '--lr=5e-3', '--min_lr=5e-4', '--eval_interval=250', f'--out_dir={folder}/base', '--max_new_tokens=30',
+                    '--max_steps=500', '--batch_size=16', '--lr=5e-3', '--min_lr=5e-4', '--eval_interval=500', f'--out_dir={folder}/base', '--max_new_tokens=30',
                     '--device=cpu'], cwd=ROOT, check=True, capture_output=True)
     return folder
 
