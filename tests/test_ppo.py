@@ -281,23 +281,24 @@ def iterations(folder):
 
 
 def test_the_coin_is_loaded_and_the_log_says_how(script, coin, tmp_path):
-    printed = run_ppo(script, coin, tmp_path / 'run').stdout
+    printed = run_ppo(script, coin, tmp_path / 'run', '--n_iterations=15').stdout
     rows = iterations(tmp_path / 'run')
-    assert len(rows) == 10 and 0.3 < rows[0]['share_correct'] < 0.7 and rows[-1]['share_correct'] > 0.95
-    assert rows[0]['kl'] == pytest.approx(0, abs=1e-5) and rows[-1]['kl'] > 0 and rows[-1]['samples_drawn'] == 640
+    assert len(rows) == 15 and 0.3 < rows[0]['share_correct'] < 0.7
+    assert np.mean([row['share_correct'] for row in rows[-5:]]) > 0.95  # of 320 samples
+    assert rows[0]['kl'] == pytest.approx(0, abs=1e-5) and rows[-1]['kl'] > 0 and rows[-1]['samples_drawn'] == 960
     for key in ('share_truncated', 'reward_outcome', 'reward_shaped', 'reward_kl', 'kl_k3', 'approx_kl', 'clip_share', 'entropy',
                 'explained_variance', 'value_loss', 'grad_norm', 'response_tokens', 'unique_equations', 'rollout_tokens_per_second',
                 'update_tokens_per_second'):
         assert math.isfinite(rows[-1][key]), key
     assert rows[-1]['reward_outcome'] == rows[-1]['share_correct']
     samples = [json.loads(line) for line in open(tmp_path / 'run' / 'samples.jsonl')]
-    assert len(samples) == 640 and [s['iteration'] for s in samples] == sorted(s['iteration'] for s in samples)
+    assert len(samples) == 960 and [s['iteration'] for s in samples] == sorted(s['iteration'] for s in samples)
     questions = [s['question'] for s in samples[:256]]  # 64 questions, 16 of them an iteration: all of them once before any again
     assert len(set(questions)) == 64 and all(questions.count(q) == 4 for q in set(questions))
     for s in samples:
         assert s['correct'] == (s['finished'] and rewards.is_correct(s['text'], s['answer']))
         assert sum(r for _, r in s['steps']) == pytest.approx(float(s['correct'])) and s['steps'][-1][1] == float(s['correct'])
-    assert printed.count('  Q: What is number') == 10 and '+1.000  #### 2' in printed and 'val_maj1' in printed
+    assert printed.count('  Q: What is number') == 15 and '+1.000  #### 2' in printed and 'val_maj1' in printed
     best = Transformer.from_pretrained(str(tmp_path / 'run'))
     assert best.config == Transformer.from_pretrained(str(coin / 'policy')).config
 

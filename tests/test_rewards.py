@@ -469,7 +469,7 @@ def test_fit_learns_labels_and_skips_positions_without(bpe):
     assert all((s > 0.5).tolist() == [t == 7 for t in row.ids[1:]] for s, row in zip(found, rows))
 
 
-MODELS = ['--k=6', '--n_questions=40', '--max_new_tokens=40', '--heldout=16', '--batch_size=16', '--lr=3e-3', '--device=cpu', '--rollouts=4', '--epochs=6']
+MODELS = ['--k=6', '--n_questions=40', '--max_new_tokens=40', '--heldout=16', '--batch_size=16', '--lr=3e-3', '--device=cpu', '--rollouts=4', '--epochs=9']
 
 
 @pytest.fixture(scope='module')
