@@ -332,8 +332,8 @@ def test_labels_of_hugging_face_tokenizers(name, tmp_path):
 # -----------------------------------------------------------------------------
 # the script
 
-RUN = ['--k=4', '--rollouts=3', '--n_questions=24', '--max_new_tokens=40', '--batch_size=16', '--max_steps=60', '--lr=5e-3', '--min_lr=5e-4', '--eval_problems=16',
-       '--right_share=0.5', '--include_sft=False', '--unlabelled=0.2', '--eval_interval=30', '--device=cpu']
+RUN = ['--k=4', '--rollouts=3', '--n_questions=24', '--max_new_tokens=40', '--batch_size=16', '--max_steps=120', '--lr=5e-3', '--min_lr=5e-4', '--eval_problems=16',
+       '--right_share=0.5', '--include_sft=False', '--unlabelled=0.2', '--eval_interval=60', '--device=cpu']
 
 
 @pytest.fixture(scope='module')
