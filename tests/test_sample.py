@@ -1,6 +1,8 @@
 """Tokenizers and the sampler: exact where it can be exact, against transformers, the model's own forward, and statistics."""
 import hashlib
+import itertools
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -11,8 +13,8 @@ import transformers
 from conftest import GPT2, ROOT, TEXTS, loud, real_data, tiny_config
 
 from config import UserError, start_run
-from model import Transformer
-from sample import (BPETokenizer, Example, HFTokenizer, Sampler, action_logprobs, bpe_tokenizer, check_same_tokenizer, collate, draw, learn_bpe,
+from model import KVCache, Transformer
+from sample import (BPETokenizer, Example, HFTokenizer, Sampler, action_logprobs, bpe_tokenizer, check_same_tokenizer, collate, draw, epoch_order, learn_bpe,
                     load_tokenizer, micro_batches, random_stream, token_logprobs, uniform)
 
 PROMPTS = ['Question: Tom', 'A', 'Question: Ann sells 4 pens for 5 dollars each. How much', 'Question: Tom has']  # unequal lengths
@@ -293,10 +295,28 @@ def test_rows_do_not_depend_on_batch_mates_or_order(model, bpe):
         assert [s.ids for s in one] == [s.ids for s in backwards[6 * (3 - i):6 * (3 - i) + 6]]
 
 
-def test_prompts_with_unequal_numbers_of_samples(model, bpe):
+def test_whole_updates_are_of_similar_length_in_every_epoch():
+    """103 rows of as many lengths, updates of 10 rows: the epochs do not begin where updates do."""
+    rows = [Example([0] * n, 1) for n in random.Random(0).sample(range(1, 104), 103)]
+    endless = [(epoch, len(rows[i].ids)) for epoch in range(5) for i in epoch_order(rows, 10, 0, epoch)]
+    assert all(sorted(n for e, n in endless if e == epoch) == list(range(1, 104)) for epoch in range(5))
+    whole = {}
+    for i in range(0, len(endless) - 9, 10):
+        update = endless[i:i + 10]
+        if update[0][0] == update[-1][0]:
+            whole.setdefault(update[0][0], []).append((min(n for _, n in update), max(n for _, n in update)))
+    for updates in whole.values():  # in a window the lengths of two updates do not overlap; an epoch has 9 or 10 of them, windows have 8
+        assert len(updates) >= 9
+        assert sum(a < c <= b or c < a <= d for (a, b), (c, d) in itertools.combinations(updates, 2)) <= 8 * 2
+
+
+def test_prompts_with_unequal_numbers_of_samples(model, bpe, monkeypatch):
     """One prompt 40 times beside others once: taken as several prompts, whose samples are those of one."""
+    tables, place = [], KVCache._place
+    monkeypatch.setattr(KVCache, '_place', lambda cache, source: place(cache, source) or tables.append((len(cache.lengths) * cache.width, len(source))))
     prompts = [PROMPTS[0]] * 40 + PROMPTS[1:]
     together = Sampler(model, bpe, 64).generate(prompts, 1, 20, 1.0, seed=3)
+    assert tables[0][1] == 43 and tables[0][0] < 3 * 43  # else four prompts * 40
     alone = Sampler(model, bpe, 64).generate([PROMPTS[0]], 40, 20, 1.0, seed=3)
     assert [s.ids for s in together[:40]] == [s.ids for s in alone]
     assert [s.ids for s in together[40:]] == [s.ids for s in Sampler(model, bpe).generate(PROMPTS[1:], 1, 20, 1.0, seed=3)]
