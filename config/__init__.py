@@ -173,6 +173,9 @@ def print_help(settings, lines, source):
 
 def one_line(kind, error, trace):
     """sys.excepthook of the scripts: UserError and Ctrl-C end in one line, with exit codes 2 and 130; a bug in a traceback."""
+    if issubclass(kind, BrokenPipeError):  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1)
     if issubclass(kind, UserError):
         tqdm.write('error: ' + ' '.join(str(error).split()), file=sys.stderr)  # write: beside a bar that is still drawn
         raise SystemExit(2)

@@ -553,3 +553,11 @@ def test_read_rows(tmp_path):
     path.write_text('{"a": 1}\nno json\n')
     with pytest.raises(config.UserError, match='rows.jsonl'):
         config.read_rows(str(path))
+
+
+def test_a_reader_that_has_enough_ends_a_script_quietly():
+    """As `python ppo.py --help | head -1` does: what is written after the pipe broke is dropped."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    code = 'import sys; from config import one_line; sys.excepthook = one_line\nfor _ in range(20000): print("x" * 100)'
+    done = subprocess.run(f"{sys.executable} -c '{code}' | head -1", shell=True, cwd=root, capture_output=True, text=True)
+    assert done.stdout == 'x' * 100 + '\n' and not done.stderr
