@@ -14,13 +14,17 @@ What differs from the paper: de-duplication by the exact sequence of annotated e
 $ python ei.py config/demo_ei.py                     # CPU, after config/demo_sft.py
 $ python ei.py config/demo_ei.py --init_from=resume  # goes on where a stopped run was, within a round's samples too
 $ python ei.py config/gsm8k_smollm2_ei.py            # one GPU
+$ torchrun --nproc_per_node=8 ei.py config/gsm8k_llama2_7b_ei.py    # eight
 """
 import os
+import shutil
+
+import torch
 
 import eval as evaluation
 import rewards
-from config import Log, UserError, override, read_run, start_run
-from model import Transformer, config_from_hf, find_checkpoint, read_json, setup
+from config import Log, UserError, listen_for_stop, override, read_run, resuming, start_run
+from model import Transformer, config_from_hf, find_checkpoint, from_main, memory_needed, rank, read_json, setup, wait_for_main
 from sample import Example, Sampler, check_same_tokenizer, load_tokenizer
 from sft import finetune, n_learned, solution_examples
 
@@ -51,11 +55,15 @@ max_steps = 0             # updates a round; 0: as many as `epochs` takes
 batch_size = 128
 micro_tokens = 16384
 grad_checkpointing = False  # compute activations again in backward: about a third more time, and memory for one block's alone
+shard = 'auto'            # over processes: 'ddp' (each has all weights), 'fsdp' (each has a part), or 'auto', by what fits
+lora_rank = 0             # above 0: adapters of that rank learn and all else is frozen; the export has them merged
+lora_alpha = 32.0         # an adapter's output counts lora_alpha / lora_rank
 lr = 2e-5
 min_lr = 2e-7
 warmup = 0.03
 weight_decay = 0.0
 grad_clip = 1.0
+save_interval = 500       # updates between states that a stopped run goes on from; 0: none within a round
 # evaluation
 eval_problems = 256       # problems of the validation slice for maj@1 after each round
 # run
@@ -89,9 +97,7 @@ def select(records, seen, n_kept, cap, tau=1.0):
 if __name__ == '__main__':
     settings = override(globals())
     device, dtype = setup(device, dtype, seed)
-    resume = init_from == 'resume'
-    if resume and not read_run(out_dir):
-        raise UserError(f'{out_dir}: there is no run to resume')
+    resume = resuming(init_from, out_dir)
 
     # 0. everything that can be wrong with the input, before anything is written
     if reset not in ('base', 'previous'):
@@ -125,6 +131,7 @@ if __name__ == '__main__':
     if too_long == len(questions):
         raise UserError(f'few_shot = {few_shot} and max_new_tokens = {max_new_tokens}: no question fits the context of {policy.config.block_size}')
     start_run(settings, resume, overwrite)
+    listen_for_stop()
     log = Log(out_dir, resume)
     print(f'{len(questions):,} questions * {k} samples * {n_rounds} rounds = {len(questions) * k * n_rounds:,} samples; '
           f'D_0 has {len(worked) if include_sft else 0:,} worked solutions')
@@ -183,23 +190,31 @@ if __name__ == '__main__':
             new_right=n_right / max(1, n_new), dataset=len(dataset), dataset_tokens=n_learned(dataset))
 
         # 5. distil: fine-tune from the base again, unless a stopped run had done it
-        if os.path.exists(os.path.join(round_dir, 'config.json')):
-            policy = Transformer.from_pretrained(round_dir, device)
+        if from_main(lambda: os.path.exists(os.path.join(round_dir, 'config.json'))):
             updates += max_steps or -int(-epochs * len(dataset) // batch_size)
         else:
-            policy = Transformer.from_pretrained(base if reset == 'base' else previous, device)
-            policy.grad_checkpointing, start = grad_checkpointing, updates
+            del policy, sampler  # their memory is needed now
+            policy = Transformer.from_pretrained(base if reset == 'base' else previous, device, dtype if lora_rank else torch.float32,
+                                                 lora_rank=lora_rank, lora_alpha=lora_alpha, shard=shard, product_dtype=dtype)
+            policy.grad_checkpointing, start, training_dir = grad_checkpointing, updates, os.path.join(out_dir, f'round{round}_training')
+            print(memory_needed([policy], dtype, micro_tokens, max(len(e.ids) for e in dataset), max_rows, max_new_tokens))
             updates += finetune(policy, dataset, epochs=epochs, max_steps=max_steps, batch_size=batch_size, micro_tokens=micro_tokens,
                                 lr=lr, min_lr=min_lr, warmup=warmup, weight_decay=weight_decay, grad_clip=grad_clip,
                                 seed=seed * 1000 + round, dtype=dtype,
                                 compile=compile == 'on' or compile == 'auto' and device.type == 'cuda',
-                                log=lambda step, **metrics: log(start + step, round=round, **metrics), desc=f'round {round}: fine-tune')
+                                log=lambda step, **metrics: log(start + step, round=round, **metrics), desc=f'round {round}: fine-tune',
+                                out_dir=training_dir, save_interval=save_interval, resume=resume)
             policy.save_pretrained(round_dir, tok)
+            if rank() == 0:
+                shutil.rmtree(training_dir, ignore_errors=True)
+            del policy
+        wait_for_main()
+        policy = Transformer.from_pretrained(round_dir, device, dtype)
         # 6. how good is it? The best round by the validation slice is the result.
         maj1 = evaluation.greedy_accuracy(Sampler(policy, tok, max_rows, dtype), val_problems, max_new_tokens)
         log(updates, round=round, val_maj1=maj1)
         if maj1 >= best:
             best = maj1
             policy.save_pretrained(os.path.join(out_dir, 'best'), tok)
-        policy, previous = policy.to(dtype), round_dir
+        previous = round_dir
     print(f'best round by validation maj@1 ({best:.3f}): {out_dir}/best')

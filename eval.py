@@ -15,6 +15,7 @@ goes on where it was. A sample that did not finish within its budget counts as w
 
 $ python eval.py --init_from=out/demo_ei --task=arithmetic --k=16
 $ python eval.py --init_from=out/gsm8k_ei --task=gsm8k            # maj@96 and pass@96, on one GPU
+$ torchrun --nproc_per_node=8 eval.py --init_from=out/gsm8k_ei --task=gsm8k    # on eight, each with a share of the problems
 $ python eval.py --init_from=out/demo_ei --scorer=out/demo_orm    # and rerank@K, by an outcome reward model
 $ python eval.py --init_from=out/demo_rcrl --condition=bad        # a return-conditioned policy that is told [BAD]
 $ python eval.py --compare out/demo_sft out/demo_ei               # one table, and where the two differ
@@ -28,9 +29,9 @@ from math import comb
 import numpy as np
 
 import rewards
-from config import UserError, bar, override, read_rows
-from model import Transformer, find_checkpoint, setup
-from sample import Example, Sampler, answer, load_tokenizer, refuse_too_long
+from config import UserError, bar, leave, listen_for_stop, override, read_rows, write_rows
+from model import Transformer, asked_to_stop, find_checkpoint, from_main, rank, setup, world_size
+from sample import Example, Sampler, answer, first_numbers, load_tokenizer, refuse_too_long
 
 # -----------------------------------------------------------------------------
 # settings
@@ -130,17 +131,18 @@ def explore(sampler, problems, path, k, max_new_tokens, temperature, seed, desc,
     to learn from. Where a base model was shown worked examples these end with the answer's line and an EOS, whatever came then.
 
     Each problem is a line of the file `path`, written as it comes. What is there already is not drawn again; since a
-    sample depends on seed and question alone, an exploration in pieces equals one in a single go."""
-    rows, stop, tok = read_rows(path), (rewards.NEXT_QUESTION,) if examples else (), sampler.tokenizer
+    sample depends on seed and question alone, an exploration in pieces, or spread over processes, equals one in a single go."""
+    rows, stop, tok = from_main(lambda: read_rows(path)), (rewards.NEXT_QUESTION,) if examples else (), sampler.tokenizer
     prompts = [tok.encode_prompt(rewards.prompt(p.question, examples)) for p in problems]
     refuse_too_long(sampler, prompts, max_new_tokens)
-    with open(path, 'a', encoding='utf-8') as f:
-        chunk = max(1, 4 * sampler.max_rows // k)  # problems a time: enough to fill some batches
+    first = first_numbers(prompts, k)
+    with open(path if rank() == 0 else os.devnull, 'a', encoding='utf-8') as f:
+        chunk = world_size() * max(1, 4 * sampler.max_rows // k)  # problems a time: enough to fill some batches
         progress = bar(desc=desc, total=len(problems))
         progress.update(len(rows))
         for i in range(len(rows), len(problems), chunk):
             todo = problems[i:i + chunk]
-            samples = answer(sampler, prompts[i:i + chunk], k, max_new_tokens, temperature, stop=stop, seed=seed)
+            samples = answer(sampler, prompts[i:i + chunk], k, max_new_tokens, temperature, first[i:i + chunk], stop=stop, seed=seed)
             for j, p in enumerate(todo):
                 records = [judge(s, p, tok, stop) | {'ids': s.ids} for s in samples[j * k:(j + 1) * k]]
                 if examples:
@@ -151,6 +153,9 @@ def explore(sampler, problems, path, k, max_new_tokens, temperature, seed, desc,
                 f.write(json.dumps(rows[-1]) + '\n')
             f.flush()
             progress.update(len(todo))
+            if asked_to_stop():
+                progress.close()
+                leave(f' after the samples of {len(rows):,} of {len(problems):,} questions')
         progress.close()
     for row, p in zip(rows, problems):
         if row['question'] != p.question:
@@ -329,28 +334,29 @@ if __name__ == '__main__':
     keys = ('init_from', 'task', 'split', 'n_problems', 'k', 'temperature', 'top_k', 'top_p', 'scorer', 'few_shot', 'max_new_tokens',
             'seed')
     identity = {key: settings[key] for key in keys} | {'weights': os.path.getmtime(os.path.join(folder, 'config.json'))}
-    before, records = read_records(records_file)
+    before, records = from_main(lambda: read_records(records_file))
     if before and before != identity:
         changed = [key for key in identity if before.get(key) != identity[key]]
         if not overwrite:
             raise UserError(f'{records_file} holds an evaluation with other settings ({", ".join(changed)}); --overwrite replaces it')
         records = []
-    sampler = Sampler(Transformer.from_pretrained(folder, device), tok, max_rows, dtype, condition or 'none')
+    sampler = Sampler(Transformer.from_pretrained(folder, device, dtype), tok, max_rows, dtype, condition or 'none')
     reward_model = rewards.load_reward_model(scorer, tok, device) if scorer else None
     every_prompt = [tok.encode_prompt(rewards.prompt(p.question, examples)) for p in problems]
     refuse_too_long(sampler, every_prompt, max_new_tokens)
     os.makedirs(out_dir, exist_ok=True)
-    with open(records_file, 'w', encoding='utf-8') as f:
-        for row in [identity] + records:
-            f.write(json.dumps(row) + '\n')
-        chunk = max(1, 4 * max_rows // max(1, k))  # problems a time: enough rows to fill some batches
+    listen_for_stop()
+    first = first_numbers(every_prompt, k)
+    from_main(lambda: write_rows(records_file, [identity] + records))
+    with open(records_file if rank() == 0 else os.devnull, 'a', encoding='utf-8') as f:
+        chunk = world_size() * max(1, 4 * max_rows // max(1, k))  # problems a time: enough rows to fill some batches
         progress = bar(desc=f'{out_dir} on {task_name}', total=len(problems))
         progress.update(len(records))
         for i in range(len(records), len(problems), chunk):
             todo = problems[i:i + chunk]
             prompts = every_prompt[i:i + chunk]
             greedy = answer(sampler, prompts, 1, max_new_tokens, 0, stop=stop)
-            drawn = answer(sampler, prompts, k, max_new_tokens, temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed) if k else []
+            drawn = answer(sampler, prompts, k, max_new_tokens, temperature, first[i:i + chunk], top_k=top_k, top_p=top_p, stop=stop, seed=seed) if k else []
             judged = [judge(s, todo[j // k], tok, stop) for j, s in enumerate(drawn)]
             if scorer:  # the reward model reads a solution as it was trained to, without the few-shot examples
                 rows = [answered_example(todo[j // k], record['text'], tok) if few_shot else
@@ -363,11 +369,14 @@ if __name__ == '__main__':
                 records.append(record)
             f.flush()
             progress.update(len(todo))
+            if asked_to_stop() and len(records) < len(problems):
+                progress.close()
+                leave(f' after {len(records)} of {len(problems)} problems', resume='')
         progress.close()
 
     summary = {'task': task_name, 'split': split, 'problems': len(records), 'k': k, 'temperature': temperature, 'condition': condition, 'init_from': init_from,
                'metrics': summarize(records)}
-    with open(os.path.join(out_dir, f'{name}.json'), 'w') as f:
+    with open(os.path.join(out_dir, f'{name}.json') if rank() == 0 else os.devnull, 'w') as f:
         json.dump(summary, f, indent=2)
     truncated = summary['metrics']['truncated'][0]
     if truncated > 0.2:

@@ -5,24 +5,34 @@ Face checkpoints, with its key-value cache, optimizer, device set-up and checkpo
 A model is a list of blocks, each x + attention(norm(x)) followed by x + mlp(norm(x)); ModelConfig says which norm, which
 mlp and which positions. Everything that differs between GPT-2, Llama, Mistral, Qwen2 and Qwen3 is one of its fields.
 
+Under torchrun every process runs the same script in lockstep: each has the same numbers in hand (questions, samples, rewards) and does
+its share of what is expensive, which is drawing samples and passing batches through models.
+
 $ python model.py --init_from=out/demo_sft     # prints a checkpoint's shape and parameter count
 $ python model.py --bench                      # what this machine's matrix products and memory reach
 """
+import atexit
+import hashlib
 import json
 import math
 import os
 import shutil
+import sys
 import time
+import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError, override
+from config import SEVERAL, UserError, override, stop_asked
 
 # -----------------------------------------------------------------------------
 # settings, for running this file as a script
@@ -56,6 +66,52 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False        # RMSNorm over each head's query and key (Qwen3)
     tied: bool = True            # the output projection is the embedding
+
+
+# -----------------------------------------------------------------------------
+# processes. Each of these is a plain pass-through where there is but one.
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def from_main(f):
+    """f() of process 0, for all: what it reads from files that it also writes must not be read by others at another moment."""
+    if world_size() == 1:
+        return f()
+    box = [f() if rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def wait_for_main():
+    """Until process 0 has come here, too: what it has written before can be read then."""
+    from_main(lambda: None)
+
+
+def from_all(x):
+    """[x of process 0, x of process 1, ...] for all."""
+    if world_size() == 1:
+        return [x]
+    found = [None] * world_size()
+    dist.all_gather_object(found, x)
+    return found
+
+
+def sum_over_processes(tensor):
+    """In place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def asked_to_stop():
+    """Whether a signal has asked any of the processes to stop after the step at hand; then all of them do."""
+    return bool(sum_over_processes(torch.tensor(float(stop_asked()))))
 
 
 # -----------------------------------------------------------------------------
@@ -112,6 +168,27 @@ def attend(q, k, v):
     scores = (q * D ** -0.5).reshape(B, KV, H // KV * T, D) @ k.transpose(-1, -2)
     scores = (scores.view(B, KV, H // KV, T, T) + mask).view(B, KV, H // KV * T, T)
     return (scores.softmax(dim=-1).to(v.dtype) @ v).view(B, H, T, D)
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer that stays as it is beside an adapter of low rank that learns (Hu et al. 2021, arXiv 2106.09685):
+    W x + b + alpha / r * B A x. A (r, in) starts random and B (out, r) at zero, so that nothing is changed at first. One adapter for
+    a matrix, and where matrices are concatenated (qkv, gate and up) one for all of them."""
+
+    def __init__(self, linear, r, alpha):
+        with torch.device('meta'):
+            super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scale, self.adapting = alpha / r, True
+        device = linear.weight.device
+        self.lora_a = nn.Parameter(torch.empty(r, linear.in_features, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, r, device=device))
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.adapting:
+            y = y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype)) * self.scale
+        return y
 
 
 class Attention(nn.Module):
@@ -276,6 +353,7 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
         self.value_head = None
+        self.shard = 'none'              # how training is spread over processes: 'none', 'ddp' or 'fsdp'; see distribute
         self.grad_checkpointing = False  # keep a block's input alone for backward, and compute the rest again there
 
     def init_weights(self):
@@ -347,6 +425,85 @@ class Transformer(nn.Module):
         """(..., C) -> (...), fp32: the scalar head, as a value function or a reward model's score."""
         return self.value_head(hidden).squeeze(-1).float()
 
+    # ---- LoRA
+
+    def add_lora(self, r, alpha=32.0):
+        """Puts an adapter of rank r beside every matrix of the blocks, and freezes all else but the value head."""
+        if r < 1:
+            raise UserError('lora_rank must be at least 1, or 0 for none')
+        self.requires_grad_(False)
+        for i, block in enumerate(self.blocks):
+            for part in (block.attention, block.mlp):
+                for name, linear in list(part.named_children()):
+                    if isinstance(linear, nn.Linear):
+                        setattr(part, name, LoRALinear(linear, r, alpha))
+        for name, p in self.named_parameters():
+            if name.endswith('lora_a') and not p.is_meta:
+                p.data.copy_(initial_lora_a(name, p.shape))
+        if self.value_head is not None:
+            self.value_head.requires_grad_(True)
+        return self
+
+    @contextmanager
+    def without_adapter(self):
+        """Within it the model is what it was before add_lora: the reference of a KL penalty, without a second copy of the weights."""
+        layers = [m for m in self.modules() if isinstance(m, LoRALinear)]
+        for m in layers:
+            m.adapting = False
+        try:
+            yield self
+        finally:
+            for m in layers:
+                m.adapting = True
+
+    # ---- several processes
+
+    def distribute(self, shard, dtype=torch.float32, device='cpu'):
+        """Says how this model learns on several processes, before its optimizer is made. 'ddp': each has all weights, and gradients are
+        summed after backward (finish_gradients). 'fsdp': PyTorch's FSDP2; each has 1 / n of every weight, gradient and optimizer state in fp32, gathers a
+        block's weights in dtype when it is computed, and sums gradients in fp32."""
+        self.shard = shard
+        if shard == 'fsdp':
+            from torch.distributed.device_mesh import init_device_mesh  # half a second to import, and needed here alone
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+            policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
+            mesh = init_device_mesh(torch.device(device).type, (world_size(),))
+            for module in (*self.blocks, self):
+                # True for the root, too: else its weights stay gathered after a pass without a backward, and a state would miss them
+                fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            register_fsdp_forward_method(self, 'run')
+        return self
+
+    def run(self, f, *args, **kwargs):
+        """f(self, *args): passes through a model that learns go through here, so that FSDP gathers the weights for them."""
+        return f(self, *args, **kwargs)
+
+    def weight(self, name):
+        """A parameter in full and with its adapter, whatever process holds which part of it; every process has to ask."""
+        def full(p):
+            return p.detach().full_tensor() if is_sharded(p) else p.detach()
+
+        path, _, part = name.rpartition('.')
+        module, w = self.get_submodule(path), full(self.get_parameter(name))
+        if part == 'weight' and isinstance(module, LoRALinear):
+            w = (w.float() + module.scale * full(module.lora_b).float() @ full(module.lora_a).float()).to(w.dtype)
+        return w
+
+    @torch.no_grad()
+    def for_sampling(self, dtype):
+        """This model as one that each process can draw from on its own, adapters merged, in dtype: itself if it is that, else a copy
+        that is gathered once. Nothing is exchanged while samples are drawn, since processes end at different steps."""
+        if self.shard != 'fsdp' and dtype == self.embed.weight.dtype and not any(isinstance(m, LoRALinear) for m in self.modules()):
+            return self
+        with torch.device('meta'):
+            copy = Transformer(self.config)
+        copy = copy.to(dtype).to_empty(device=self.embed.weight.device).finish_loading().requires_grad_(False)
+        for name, p in copy.named_parameters():
+            p.copy_(self.weight(name))
+        if len(set(from_all(bit_sum(copy)))) > 1:
+            raise RuntimeError('the processes have gathered different weights')
+        return copy
+
     def flops(self, lengths, n_logits):
         """Floating-point operations of a forward pass over sequences of these lengths, with logits for n_logits of their tokens."""
         c, n = self.config, sum(lengths)
@@ -360,68 +517,118 @@ class Transformer(nn.Module):
     # ---- checkpoints in Hugging Face's form
 
     @classmethod
-    def from_pretrained(cls, path, device='cpu', dtype=torch.float32):
-        """Reads a Hugging Face checkpoint: a folder, a run's folder (its best/), or a hub name. Weights go straight from
-        the file into this model, cast to dtype. UserError where the checkpoint is missing, broken or not covered."""
+    @torch.no_grad()
+    def from_pretrained(cls, path, device='cpu', dtype=torch.float32, *, value_head=False, lora_rank=0, lora_alpha=32.0, shard='none',
+                        product_dtype=torch.float32):
+        """Reads a Hugging Face checkpoint: a folder, a run's folder (its best/), or a hub name. Each weight goes straight from the
+        memory-mapped file into its place, cast to dtype, and with 'fsdp' a process reads its own part of it alone, so that no whole copy
+        is ever in memory. value_head, lora_rank: adds what the checkpoint does not have. shard: 'auto', 'none', 'ddp' or 'fsdp', the
+        last with products in product_dtype. UserError where the checkpoint is missing, broken or not covered."""
         folder = find_checkpoint(path)
         config = config_from_hf(read_json(os.path.join(folder, 'config.json')), folder)
+        value_file = os.path.join(folder, 'value_head.safetensors')
         with torch.device('meta'):  # no memory and no time for an initialisation that the checkpoint overwrites
-            model = cls(config)
-        tensors = read_weights(folder)
-        state = {}
+            model = cls(config).to(dtype)
+            if value_head or os.path.exists(value_file):
+                model.add_value_head()
+            if lora_rank:
+                model.add_lora(lora_rank, lora_alpha)
+        model.distribute(sharding(shard, model.n_params(), torch.device(device)), product_dtype, device)
+        model.to_empty(device=device).finish_loading()
+
+        tensors, given = read_weights(folder), set()
         for name, (sources, transpose) in hf_names(config).items():
             missing = [s for s in sources if s not in tensors]
             if missing:
                 raise UserError(f'{folder}: the checkpoint has no {missing[0]}')
             parts = [tensors.pop(s) for s in sources]
-            weight = torch.cat([p.t() if transpose else p for p in parts]).to(device=device, dtype=dtype)
+            weight = torch.cat([p.t() if transpose else p for p in parts]) if len(parts) > 1 or transpose else parts[0]
             wanted = model.get_parameter(name).shape
             if weight.shape != wanted:
                 raise UserError(f'{folder}: {name} has shape {tuple(weight.shape)}, the config asks for {tuple(wanted)}')
-            state[name] = weight.contiguous()
+            fill(model.get_parameter(name), weight)
+            given.add(name)
         # what may be left over: buffers that old files carry, and the copy of a tied output projection
         ignorable = ('.attn.bias', '.attn.masked_bias', 'rotary_emb.inv_freq') + (('lm_head.weight',) if config.tied else ())
         left = [name for name in tensors if not name.endswith(ignorable)]
         if left:
             raise UserError(f'{folder}: weights that a {config.family} model has no place for: {", ".join(left[:3])}')
-        if config.tied:
-            state['head.weight'] = state['embed.weight']
-        model.load_state_dict(state, assign=True)
-        if config.tied:
-            model.head.weight = model.embed.weight
-        if config.rope_theta:
-            model.cos, model.sin = (table.to(device) for table in rope_tables(config))
-        value_file = os.path.join(folder, 'value_head.safetensors')
-        if os.path.exists(value_file):
-            model.add_value_head().value_head.load_state_dict(load_file(value_file, device=str(device)))
-        return model.requires_grad_(True)
+        saved_head = load_file(value_file) if os.path.exists(value_file) else {}
+        for name, p in model.named_parameters():
+            if name.startswith('value_head'):
+                fill(p, saved_head.get(name.removeprefix('value_head.'), torch.zeros(p.shape)))
+            elif name.endswith('lora_a'):
+                fill(p, initial_lora_a(name, p.shape))
+            elif name.endswith('lora_b'):
+                fill(p, torch.zeros(p.shape))
+        return model if lora_rank else model.requires_grad_(True)
 
-    def save_pretrained(self, path, tokenizer=None, train_state=None):
-        """Writes a folder that AutoModelForCausalLM (and with a tokenizer AutoTokenizer) loads, whole or not at all.
-        train_state: what resuming a run needs beside the weights; see save_state."""
-        tmp = path.rstrip('/') + '.tmp'
-        shutil.rmtree(tmp, ignore_errors=True)
-        os.makedirs(tmp)
+    def finish_loading(self):
+        """After to_empty: what no checkpoint holds."""
+        if self.config.tied:
+            self.head.weight = self.embed.weight
+        if self.config.rope_theta:
+            self.cos, self.sin = (table.to(self.embed.weight.device) for table in rope_tables(self.config))
+        return self
+
+    @torch.no_grad()
+    def save_pretrained(self, path, tokenizer=None):
+        """Writes a folder that AutoModelForCausalLM (and with a tokenizer AutoTokenizer) loads, whole or not at all; adapters are merged.
+        Process 0 writes; the others have to call it too."""
         own, tensors = dict(self.named_parameters()), {}
         for name, (targets, transpose) in hf_names(self.config).items():
-            weight = own[name].detach().cpu()
-            sizes = [len(weight)] if len(targets) == 1 else part_sizes(self.config, name)
-            for target, part in zip(targets, weight.split(sizes)):
-                tensors[hf_prefix(self.config, target)] = (part.t() if transpose else part).clone().contiguous()
-        save_file(tensors, os.path.join(tmp, 'model.safetensors'), metadata={'format': 'pt'})
-        if self.value_head is not None:  # in a file of its own: AutoModelForCausalLM knows no such weight
-            save_file({k: v.detach().cpu().clone() for k, v in self.value_head.state_dict().items()},
-                      os.path.join(tmp, 'value_head.safetensors'))
-        if train_state is not None:
-            torch.save(train_state, os.path.join(tmp, 'train_state.pt'))
-        if tokenizer is not None:
-            tokenizer.save(tmp)
-        hf = config_to_hf(self.config, str(own['embed.weight'].dtype).removeprefix('torch.'))
-        if tokenizer is not None:
-            hf['eos_token_id'] = tokenizer.eos
-        with open(os.path.join(tmp, 'config.json'), 'w') as f:
-            json.dump(hf, f, indent=2)
-        replace_folder(tmp, path)
+            weight = self.weight(name)
+            if rank() == 0:
+                weight = weight.cpu()
+                sizes = [len(weight)] if len(targets) == 1 else part_sizes(self.config, name)
+                for target, part in zip(targets, weight.split(sizes)):
+                    tensors[hf_prefix(self.config, target)] = (part.t() if transpose else part).clone().contiguous()
+        head = {name.removeprefix('value_head.'): self.weight(name).cpu().clone() for name in own if name.startswith('value_head')}
+        if rank() > 0:
+            return
+        tmp = path.rstrip('/') + '.tmp'
+        try:
+            shutil.rmtree(tmp, ignore_errors=True)
+            os.makedirs(tmp)
+            save_file(tensors, os.path.join(tmp, 'model.safetensors'), metadata={'format': 'pt'})
+            if head:  # in a file of its own: AutoModelForCausalLM knows no such weight
+                save_file(head, os.path.join(tmp, 'value_head.safetensors'))
+            if tokenizer is not None:
+                tokenizer.save(tmp)
+            hf = config_to_hf(self.config, str(own['embed.weight'].dtype).removeprefix('torch.'))
+            if tokenizer is not None:
+                hf['eos_token_id'] = tokenizer.eos
+            with open(os.path.join(tmp, 'config.json'), 'w') as f:
+                json.dump(hf, f, indent=2)
+            replace_folder(tmp, path)
+        except Exception as error:  # a full disk, most often; each writer has its own exception for it
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise UserError(f'{path}: not written ({first_line(error)}); what was there is whole') from None
+
+
+def initial_lora_a(name, shape):
+    """Uniform within 1 / sqrt(in), the same in every process; by the name, so that it does not depend on an order."""
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), 'little'))
+    return (2 * torch.rand(shape, generator=generator) - 1) * shape[1] ** -0.5
+
+
+def is_sharded(tensor):
+    """Whether it is a DTensor, of which this process holds a part. (The class itself takes a third of a second to import.)"""
+    return hasattr(tensor, 'full_tensor')
+
+
+def fill(parameter, weight):
+    """Copies a whole weight into a parameter, or into the part of it (rows, as torch.chunk divides them) that this process holds."""
+    if is_sharded(parameter):
+        parts = weight.chunk(world_size())
+        weight, parameter = parts[rank()] if rank() < len(parts) else weight[:0], parameter.to_local()
+    parameter.copy_(weight)
+
+
+def bit_sum(model):
+    """A checksum of all weights: the sum of their bits as integers, which no order of summation changes."""
+    return sum(p.detach().view(torch.int16 if p.dtype == torch.bfloat16 else torch.int32).sum(dtype=torch.int64).item()
+               for p in model.parameters())
 
 
 # -----------------------------------------------------------------------------
@@ -568,6 +775,7 @@ def refuse_missing_folder(path):
 def find_checkpoint(path):
     """The folder that holds config.json and weights: the path itself, a run's best/ (or last/), or a download from the hub."""
     for folder in (os.path.join(path, 'best'), os.path.join(path, 'last'), path):
+        recover(folder)
         if os.path.exists(os.path.join(folder, 'config.json')) and any(
                 name.endswith(('.safetensors', '.bin')) for name in os.listdir(folder)):
             return folder
@@ -605,13 +813,38 @@ def read_weights(folder):
 
 
 def replace_folder(tmp, path):
-    """Puts a finished folder in another's place. The old one goes last, so that there is a whole one at every moment."""
+    """Puts a finished folder in another's place, on the disk before it is in place. The old one goes last, so that there is a whole
+    one at every moment: under its own name, or for an instant under .old, where recover finds it."""
+    for name in os.listdir(tmp):
+        sync(os.path.join(tmp, name))
+    sync(tmp)
+    recover(path)
     old = path.rstrip('/') + '.old'
     shutil.rmtree(old, ignore_errors=True)
     if os.path.exists(path):
         os.rename(path, old)
     os.rename(tmp, path)
+    sync(os.path.dirname(os.path.abspath(path)))
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(path):
+    """Undoes a replace_folder that was killed between its two renamings."""
+    if not os.path.exists(path) and os.path.isdir(path.rstrip('/') + '.old'):
+        os.rename(path.rstrip('/') + '.old', path)
+
+
+def sync(path):
+    """What was written is on the disk when this returns, for a file's content or a folder's list of names."""
+    f = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(f)
+    finally:
+        os.close(f)
+
+
+def first_line(error):
+    return f'{type(error).__name__}: ' + (str(error).strip().split('\n') or [''])[0]
 
 
 # -----------------------------------------------------------------------------
@@ -619,16 +852,29 @@ def replace_folder(tmp, path):
 
 def setup(device='auto', dtype='auto', seed=0):
     """(torch.device, dtype of the matrix products): seeds torch and picks 'auto' as CUDA, then MPS, then CPU; bf16 where
-    the GPU has it, else fp32. Weights stay fp32 masters; autocast(device, dtype) does the rest."""
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise UserError('several processes are not supported yet: start with plain python, or --nproc_per_node=1')
+    the GPU has it, else fp32. Weights stay fp32 masters; autocast(device, dtype) does the rest. Under torchrun the processes find
+    each other here, each with a GPU of its own where there are any."""
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         device = torch.device(device)
+        if SEVERAL and device.type == 'cuda':
+            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except Exception as error:
         raise UserError(f'device {str(device)!r} cannot be used: {str(error).strip().split(chr(10))[0]}') from None
+    if SEVERAL and not dist.is_initialized():
+        # Objects and flags go over gloo, tensors on a GPU over NCCL. Hours, since a process waits where another still draws samples; one
+        # that dies is noticed by torchrun at once, and not by this.
+        hook = sys.excepthook
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=4))
+        sys.excepthook = hook  # which init_process_group replaces by one that swallows what ours writes
+        # The end of a process, where PyTorch takes down its threads, now and then aborts ("terminate called without an active exception"),
+        # after everything is done; torchrun would take it for a failure.
+        atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(0)))
+        if rank() > 0:
+            sys.stdout = open(os.devnull, 'w')  # what is printed is the same for all
     if dtype == 'auto':
         dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
     if dtype not in ('float32', 'bfloat16'):
@@ -705,21 +951,208 @@ def learning_rate(step, steps, lr, min_lr, warmup):
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
 
 
-def save_state(path, model, tokenizer, optimizer, state):
-    """A checkpoint from which a run can go on: weights, tokenizer, optimizer and `state`, a dictionary of plain values."""
-    model.save_pretrained(path, tokenizer, train_state={'optimizer': optimizer.state_dict(), 'state': state})
+def sharding(shard, n_params, device):
+    """'none', 'ddp' or 'fsdp' for a model of n_params weights that learn. 'auto': all of a model on each process as long as its weights,
+    gradients and optimizer state, 16 bytes a weight, take at most 40% of a GPU's memory."""
+    if shard not in ('auto', 'none', 'ddp', 'fsdp'):
+        raise UserError(f"shard is 'auto', 'none', 'ddp' or 'fsdp', not {shard!r}")
+    if world_size() == 1:
+        return 'none'
+    if shard == 'auto':
+        small = device.type != 'cuda' or 16 * n_params < 0.4 * torch.cuda.get_device_properties(device).total_memory
+        return 'ddp' if small else 'fsdp'
+    return shard
 
 
-def load_state(path, optimizer):
-    """Fills the optimizer from such a checkpoint and returns its `state`."""
-    file = os.path.join(path, 'train_state.pt')
+def backward(loss, model):
+    """loss: this process's part of a sum over all of them."""
+    (loss * world_size() if model.shard == 'fsdp' else loss).backward()  # FSDP divides what it sums
+
+
+def finish_gradients(parameters, shard, max_norm):
+    """After an update's last backward: sums what processes have found ('ddp'), clips on the global norm (0: not), and returns it."""
+    parameters = [p for p in parameters if p.grad is not None]
+    if shard == 'ddp':
+        flat = torch.cat([p.grad.flatten() for p in parameters])  # one exchange instead of one a weight
+        for p, summed in zip(parameters, sum_over_processes(flat).split([p.numel() for p in parameters])):
+            p.grad.copy_(summed.view_as(p))
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+    return (norm.full_tensor() if is_sharded(norm) else norm).item()
+
+
+def activation_bytes(config, n_tokens, longest, dtype, grad_checkpointing, device):
+    """What a micro-batch keeps for its backward pass: in each layer the two residual inputs and their norms in fp32, what goes into the
+    linear layers and out of them in dtype, on a CPU the attention's probabilities; and a chunk of logits, twice, in fp32."""
+    c, width = config, 4 if dtype == torch.float32 else 2
+    mlp = (4 if c.activation == 'silu' else 2) * c.n_inner
+    scores = c.n_head * longest if device.type == 'cpu' and longest <= 512 else 0
+    layer = n_tokens * (4 * 4 * c.n_embd + width * (6 * c.n_embd + mlp + scores))
+    layers = c.n_layer * n_tokens * 4 * c.n_embd + layer if grad_checkpointing else c.n_layer * layer
+    return layers + 2 * 4 * min(n_tokens, 1024) * c.vocab_size
+
+
+def memory_needed(models, dtype, micro_tokens, longest, max_rows, max_new_tokens):
+    """A line of arithmetic: the bytes that a run takes on each process. models: those in memory while it trains, the first one the
+    policy, of which samples are drawn. longest: tokens of the longest row that is learned, and of a prompt at most."""
+    policy, parts = models[0], []
+
+    def take(what, n_bytes):
+        if n_bytes:
+            parts.append((what, n_bytes))
+    held = [(p, world_size() if m.shard == 'fsdp' else 1) for m in models for p in m.parameters()]
+    take('weights', sum(p.numel() * p.element_size() / n for p, n in held))
+    learned = sum(p.numel() / n for p, n in held if p.requires_grad)
+    take('gradients', 4 * learned)
+    take("Adam's averages", 8 * learned)
+    if policy.shard == 'fsdp':  # the embedding stays, two blocks are there at a time, and a block's gradients
+        block = sum(p.numel() for p in policy.blocks[0].parameters())
+        take('gathered blocks', (policy.n_params() - len(policy.blocks) * block + 3 * block) * dtype.itemsize)
+    always = sum(n for _, n in parts)
+    c, device = policy.config, policy.embed.weight.device
+    learning = activation_bytes(c, micro_tokens, longest, dtype, policy.grad_checkpointing, device)
+    copied = policy.shard == 'fsdp' or dtype != policy.embed.weight.dtype or any(isinstance(m, LoRALinear) for m in policy.modules())
+    copy = policy.n_params() * dtype.itemsize if copied else 0
+    cache = max_rows * (longest + max_new_tokens) * 2 * c.n_layer * c.n_kv_head * c.head_dim * dtype.itemsize
+    text = ', '.join(f'{what} {size_text(n)}' for what, n in parts)
+    return (f'memory of a process at most about {size_text(always + max(learning, copy + cache))}: {text}; beside these either a micro-batch of '
+            f'{micro_tokens:,} tokens {size_text(learning)}, or for samples ' + (f'a copy of the weights {size_text(copy)} and ' if copy else '')
+            + f'{max_rows} rows of cache {size_text(cache)}')
+
+
+def size_text(n_bytes):
+    return f'{n_bytes / 2 ** 30:.1f} GiB' if n_bytes >= 2 ** 30 else f'{n_bytes / 2 ** 20:.0f} MiB'
+
+
+@contextmanager
+def enough_memory(doing, advice):
+    """Turns running out of memory within it into a UserError that says while doing what, and what helps."""
     try:
-        saved = torch.load(file, map_location='cpu', weights_only=True)
-        optimizer.load_state_dict(saved['optimizer'])
-        return saved['state']
-    except Exception as error:  # missing, torn, or of another model
-        reason = str(error).strip().split('\n')[0]
-        raise UserError(f'{file}: nothing to resume from ({type(error).__name__}: {reason})') from None
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(f'out of memory in {doing}: {advice} ({first_line(error)})') from None
+
+
+# -----------------------------------------------------------------------------
+# states that a run goes on from
+
+class Checkpoints:
+    """Checkpoints(out_dir): out_dir/state/00000120/ and the one before it hold all that a run needs to go on after update 120.
+
+    Written by torch.distributed.checkpoint, each process its own part, as safetensors, which can hold no code; the rest as JSON. A state is
+    written beside the others, synced to the disk and then renamed, and a checksum of every file tells a whole one from a
+    broken one. Any number of processes can go on from it."""
+
+    def __init__(self, out_dir):
+        self.folder = os.path.join(out_dir, 'state')
+
+    def tensors(self, models, optimizer):
+        """{name: (tensor of a weight that learns)}, and with Adam's two averages of its gradient where there are any."""
+        learned = {id(p) for group in optimizer.param_groups for p in group['params']}
+        named = {f'{model_name}.{name}': p for model_name, model in models.items() for name, p in model.named_parameters() if id(p) in learned}
+        assert len(named) == len(learned), 'a weight that learns is in none of the models'
+        moments = {f'{key}.{name}': optimizer.state[p][key] for name, p in named.items() for key in ('exp_avg', 'exp_avg_sq')
+                   if p in optimizer.state}
+        return named, {name: p.detach() for name, p in named.items()} | moments
+
+    @torch.no_grad()
+    def save(self, step, models, optimizer, state):
+        """models: {name: Transformer}. state: a dictionary of plain values. Weights that do not learn are left out: they are where
+        they came from. UserError where it cannot be written; the states before it are whole."""
+        from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save  # half a second to import
+        warnings.filterwarnings('ignore', message='torch.distributed is disabled')  # so it is, with one process
+        path = os.path.join(self.folder, f'{step:08d}')
+        tmp = path + '.tmp'
+        named, tensors = self.tensors(models, optimizer)
+        steps = {name: optimizer.state[p]['step'].item() for name, p in named.items() if p in optimizer.state}
+
+        def prepare():
+            shutil.rmtree(tmp, ignore_errors=True)
+            os.makedirs(tmp)
+        try:
+            from_main(prepare)
+            save(tensors, storage_writer=HuggingFaceStorageWriter(tmp, save_distributed=True), no_dist=world_size() == 1)
+
+            def write_rest():
+                with open(os.path.join(tmp, 'state.json'), 'w') as f:
+                    json.dump({'step': step, 'state': state, 'adam_steps': steps}, f)
+                return sorted(os.listdir(tmp))
+            names = from_main(write_rest)
+            mine = {name: checksum(os.path.join(tmp, name)) for name in names[rank()::world_size()]}
+            sums = {name: found for part in from_all(mine) for name, found in part.items()}
+
+            def finish():
+                with open(os.path.join(tmp, 'sha256.json'), 'w') as f:
+                    json.dump(sums, f)
+                replace_folder(tmp, path)
+                for old in self.steps()[:-2]:
+                    shutil.rmtree(os.path.join(self.folder, old), ignore_errors=True)
+            from_main(finish)
+        except (Exception, CheckpointException) as error:  # a full disk, most often; CheckpointException is none of the Exceptions
+            shutil.rmtree(tmp, ignore_errors=True)
+            cause = error.__cause__ or error.__context__ or error
+            raise UserError(f'{path}: the state was not written ({first_line(error)}; {first_line(cause)}); those before it are whole: '
+                            f'{", ".join(self.steps()) or "none"}') from None
+
+    def keep_batch(self, step, examples):
+        """Writes the token ids of a batch for inspection, and says where."""
+        path = os.path.join(os.path.dirname(self.folder), 'bad_batch.json')
+        if rank() == 0:
+            with open(path, 'w') as f:
+                json.dump({'step': step, 'ids': [list(e.ids) for e in examples], 'n_prompt': [e.n_prompt for e in examples]}, f)
+        return f'Its batch is in {path}, and the states in {self.folder} are whole: {", ".join(self.steps()) or "none yet"}'
+
+    def steps(self):
+        found = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+        return sorted(name for name in found if name.isdecimal())
+
+    def broken(self, path):
+        """What is wrong with a state; '' if it is whole. Processes share the reading."""
+        try:
+            sums = from_main(lambda: read_json(os.path.join(path, 'sha256.json')))
+            wrong = [name for name in sorted(sums)[rank()::world_size()] if checksum(os.path.join(path, name)) != sums[name]]
+            wrong = [f'{name} is not what was written' for name in wrong]
+        except (OSError, UserError, AttributeError) as error:
+            wrong = [first_line(error)]
+        return ', '.join(dict.fromkeys(line for part in from_all(wrong) for line in part))
+
+    @torch.no_grad()
+    def load(self, models, optimizer):
+        """Fills models and optimizer from the newest whole state and returns its `state`; None where there is none. UserError if all
+        are broken, or it is of another model."""
+        from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
+        warnings.filterwarnings('ignore', message='torch.distributed is disabled')
+        names = from_main(self.steps)
+        for name in reversed(names):
+            path = os.path.join(self.folder, name)
+            wrong = self.broken(path)
+            if wrong:
+                print(f'{path} is broken ({wrong}); the one before it is taken')
+                continue
+            saved = from_main(lambda: read_json(os.path.join(path, 'state.json')))
+            named, _ = self.tensors(models, optimizer)
+            if set(saved['adam_steps']) - set(named):
+                raise UserError(f'{path}: the state of another model, with {min(set(saved["adam_steps"]) - set(named))}')
+            for weight, n in saved['adam_steps'].items():
+                p = named[weight]
+                optimizer.state[p] = {'step': torch.tensor(n, dtype=torch.float32, device=p.device), 'exp_avg': torch.zeros_like(p),
+                                      'exp_avg_sq': torch.zeros_like(p)}
+            try:
+                load(self.tensors(models, optimizer)[1], storage_reader=HuggingFaceStorageReader(path), no_dist=world_size() == 1)
+            except (Exception, CheckpointException) as error:  # other names, or other shapes
+                raise UserError(f'{path}: the state of another model ({first_line(error.__cause__ or error)})') from None
+            return saved['state']
+        if names:
+            raise UserError(f'{self.folder}: no state there is whole; --overwrite starts again')
+        return None
+
+
+def checksum(path):
+    """SHA-256 of a file, which is on the disk when this returns."""
+    sync(path)
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
 if __name__ == '__main__':

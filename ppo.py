@@ -7,14 +7,18 @@ guessed it went on from there; then, over a few epochs, tokens with a positive a
 likely, until the ratio of new to old probability reaches a clip. Where Expert Iteration copies what went right, PPO also learns
 from what went wrong, token by token, and always from its own latest samples.
 
-What differs from the paper: all weights are trained (the paper: LoRA of rank 128, as recalled). And advantage = 'group' does
+lora_rank = 128 is what the paper used (as recalled): adapters learn, and the reference is the same weights without them. By default
+all weights learn. What differs from the paper: advantage = 'group' does
 without the value head: what was to be expected is the mean of the question's other samples, as in RLOO and GRPO.
 
 $ python ppo.py config/demo_ppo.py                     # CPU, after config/demo_sft.py
 $ python ppo.py config/demo_ppo.py --init_from=resume  # goes on after the last validation of a stopped run
 $ python ppo.py config/gsm8k_smollm2_ppo_sparse.py     # one GPU
+$ torchrun --nproc_per_node=8 ppo.py config/gsm8k_llama2_7b_ppo_sparse.py    # eight
+
+Under torchrun each process draws the samples of its share of the questions; then all of them hold all samples, rewards, log-probs
+and advantages, which are small, and share the passes through models. So nothing below from 3 to 6 knows how many there are.
 """
-import copy
 import json
 import math
 import os
@@ -26,9 +30,10 @@ import torch
 
 import eval as evaluation
 import rewards
-from config import Log, UserError, bar, override, read_rows, read_run, start_run
-from model import Transformer, autocast, learning_rate, load_state, make_optimizer, save_state, setup
-from sample import Example, Sampler, action_logprobs, check_same_tokenizer, collate, load_tokenizer, micro_batches
+from config import Log, UserError, bar, leave, listen_for_stop, override, read_rows, read_run, resuming, start_run, write_rows
+from model import (Checkpoints, Transformer, asked_to_stop, autocast, backward, enough_memory, finish_gradients, from_all, from_main, learning_rate,
+                   make_optimizer, memory_needed, rank, setup, sum_over_processes)
+from sample import Example, Sampler, action_logprobs, answer, check_same_tokenizer, collate, load_tokenizer, my_micro_batches
 
 # -----------------------------------------------------------------------------
 # data
@@ -76,6 +81,9 @@ epochs = 4                # passes over the rollouts; paper: 4 (as recalled)
 minibatch = 256           # rollouts an update; paper: 256 (as recalled)
 micro_tokens = 16384      # tokens a micro-batch, padding included: what memory allows; the result does not depend on it
 grad_checkpointing = False  # compute activations again in backward: about a third more time, and memory for one block's alone
+shard = 'auto'            # over processes: 'ddp' (each has all weights), 'fsdp' (each has a part), or 'auto', by what fits
+lora_rank = 0             # above 0: adapters of that rank learn and all else is frozen; paper: 128 (as recalled)
+lora_alpha = 32.0         # an adapter's output counts lora_alpha / lora_rank
 clip = 0.2                # of the probability ratio
 value_clip = 0.2          # of the value's change; 0: none
 value_coef = 0.1          # weight of the value loss
@@ -88,7 +96,8 @@ warmup = 0.03             # share of the updates over which the rate rises from 
 weight_decay = 0.0
 grad_clip = 1.0           # on the global norm; 0: none
 # evaluation
-eval_interval = 10        # iterations between validations, which also save what resuming needs
+eval_interval = 10        # iterations between validations
+save_interval = 10        # iterations between states that a stopped run goes on from
 eval_problems = 256       # problems of the validation slice for maj@1
 show = 2                  # samples printed in an iteration, with their steps' rewards
 # run
@@ -195,23 +204,24 @@ def evaluate_actions(model, critic, examples, temperature, dtype, with_entropy=F
         logprobs, entropy = action_logprobs(model, hidden, ids[:, 1:][at], temperature, with_entropy)
         values = None
         if critic is not None:
-            values = critic.values(hidden if critic is model else critic.trunk(ids[:, :-1])[at])
+            values = critic.values(hidden) if critic is model else critic.run(rewards.values_at, ids[:, :-1], at)
     return logprobs, values, entropy
 
 
 @torch.no_grad()
 def evaluate_batch(model, critic, examples, temperature, dtype, max_tokens, with_entropy=False):
-    """evaluate_actions for any number of rows, in micro-batches of similar length; (B, T) each, 0 after a row's end."""
+    """evaluate_actions for any number of rows, in micro-batches of similar length that processes share; (B, T) each, 0 after a row's
+    end."""
     n_actions = [len(e.ids) - e.n_prompt for e in examples]
     device = model.embed.weight.device
     outs = [torch.zeros(len(examples), max(n_actions), device=device) for _ in range(3)]
-    for rows in micro_batches(range(len(examples)), max_tokens, lambda i: len(examples[i].ids)):
-        found = evaluate_actions(model, critic, [examples[i] for i in rows], temperature, dtype, with_entropy)
+    for rows, weight in my_micro_batches(range(len(examples)), max_tokens, lambda i: len(examples[i].ids)):
+        found = model.run(evaluate_actions, critic, [examples[i] for i in rows], temperature, dtype, with_entropy)
         for out, flat in zip(outs, found):
-            if flat is not None:
+            if flat is not None and weight:
                 for i, part in zip(rows, flat.split([n_actions[i] for i in rows])):
                     out[i, :n_actions[i]] = part
-    return outs
+    return [sum_over_processes(out) for out in outs]  # each row was computed by one of them, and is 0 in the others
 
 
 # -----------------------------------------------------------------------------
@@ -244,18 +254,16 @@ def random_prefix(problem, rng):
 if __name__ == '__main__':
     settings = override(globals())
     device, dtype = setup(device, dtype, seed)
-    resume = init_from == 'resume'
-    if resume and not read_run(out_dir):
-        raise UserError(f'{out_dir}: there is no run to resume')
+    resume = resuming(init_from, out_dir)
 
     # everything that can be wrong with the input, before anything is written
     for name, allowed in (('reward', ('sparse', 'dense', 'orm', 'orm_dense', 'prm')), ('refine', tuple(rewards.REFINEMENTS)),
                           ('advantage', ('gae', 'group')), ('critic', ('shared', 'separate'))):
         if settings[name] not in allowed:
             raise UserError(f'{name} is one of {allowed}, not {settings[name]!r}')
-    if min(n_iterations, n_rollouts, n_per_question, epochs, minibatch, micro_tokens, eval_interval, eval_problems) < 1:
-        raise UserError('n_iterations, n_rollouts, n_per_question, epochs, minibatch, micro_tokens, eval_interval and eval_problems '
-                        'must be at least 1')
+    if min(n_iterations, n_rollouts, n_per_question, epochs, minibatch, micro_tokens, eval_interval, save_interval, eval_problems) < 1:
+        raise UserError('n_iterations, n_rollouts, n_per_question, epochs, minibatch, micro_tokens, eval_interval, save_interval and '
+                        'eval_problems must be at least 1')
     if temperature <= 0:
         raise UserError('temperature must be above 0: the greedy policy has no probability ratio')
     if n_rollouts % minibatch or n_rollouts % n_per_question:
@@ -273,13 +281,17 @@ if __name__ == '__main__':
         raise UserError('backtrack, eta_quantile and replay_staleness are from 0 to 1, replay from 0 to below 1, replay_beta above 0')
     policy_from = read_run(out_dir)['init_from'] if resume else init_from
     tok = load_tokenizer(policy_from, conditioned=False)
-    policy = Transformer.from_pretrained(os.path.join(out_dir, 'last') if resume else policy_from, device)
-    reference = Transformer.from_pretrained(ref or policy_from, device, dtype).requires_grad_(False)
+    learning = dict(lora_rank=lora_rank, lora_alpha=lora_alpha, shard=shard, product_dtype=dtype)
+    policy = Transformer.from_pretrained(policy_from, device, dtype if lora_rank else torch.float32,
+                                         value_head=advantage == 'gae' and critic == 'shared', **learning)
+    reference = None  # the policy's own weights without the adapter
+    if ref or not lora_rank:
+        reference = Transformer.from_pretrained(ref or policy_from, device, dtype, shard=policy.shard, product_dtype=dtype).requires_grad_(False)
     if ref:
         check_same_tokenizer(load_tokenizer(ref, conditioned=False), tok, f'ref = {ref} and {policy_from}')
     if critic_from:
         check_same_tokenizer(load_tokenizer(critic_from, conditioned=False), tok, f'critic_from = {critic_from} and {policy_from}')
-    scorer = rewards.load_reward_model(reward_model, tok, device, dtype) if learned else None
+    scorer = rewards.load_reward_model(reward_model, tok, device, dtype, policy.shard) if learned else None
     problems = rewards.load_problems(task, 'train')
     if not 0 <= n_questions <= len(problems):
         raise UserError(f'n_questions is from 0 (all) to {len(problems)}, the rows of {task} to train on')
@@ -294,15 +306,18 @@ if __name__ == '__main__':
         raise UserError(f'max_new_tokens = {max_new_tokens} leaves room for {room} tokens, and no question has so few')
     if len(fits) < len(problems):
         print(f'left out: {len(problems) - len(fits)} of {len(problems)} questions, with a prompt longer than {room} tokens')
-    problems = fits
+    problems, longest = fits, max(len(tok.encode_prompt(rewards.prompt(p.question, demonstrations))) for p in fits)
 
     # the value function: a head that starts at zero on the policy's trunk, or a transformer that starts as the policy
+    value_model = policy
     if advantage == 'group':
         value_model = None
-    elif critic == 'shared':
-        value_model = policy if policy.value_head is not None and resume else policy.add_value_head()
-    else:
-        value_model = Transformer.from_pretrained(critic_from or policy_from, device).add_value_head()
+    elif critic == 'separate':
+        value_model = Transformer.from_pretrained(critic_from or policy_from, device, dtype if lora_rank else torch.float32, value_head=True,
+                                                  **learning)
+    if value_model is not None:
+        for p in value_model.value_head.parameters():  # whatever it was trained for before
+            p.detach().zero_()
     separate = value_model not in (None, policy)
     for learner in (policy, value_model):
         if learner is not None:
@@ -311,52 +326,58 @@ if __name__ == '__main__':
     policy.value_head = None  # for a moment: the head on the policy's trunk has a rate of its own
     optimizer = make_optimizer(policy, lr, weight_decay)
     policy.value_head = head
+    policy_parameters = [p for group in optimizer.param_groups for p in group['params']]
     for group in make_optimizer(head or value_model, critic_lr, weight_decay).param_groups if value_model is not None else []:
         optimizer.add_param_group(group)
     peak_lr = [group['lr'] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     state = {'iteration': 0, 'position': 0, 'updates': 0, 'best': None, 'kl_coef': kl_coef, 'eta': eta,
              'priority': [0.0] * len(problems), 'last_seen': [-1] * len(problems)}
+    learners, checkpoints = {'policy': policy} | ({'critic': value_model} if separate else {}), Checkpoints(out_dir)
     if resume:
-        state = load_state(os.path.join(out_dir, 'last'), optimizer)
+        state |= checkpoints.load(learners, optimizer) or {}
         if len(state['priority']) != len(problems):
             raise UserError(f'{out_dir} practised on {len(state["priority"])} questions, not {len(problems)}: n_questions must stay')
-        if separate:
-            value_model.load_state_dict(state['critic'])
     start_run(settings, resume, overwrite)
+    listen_for_stop()
     log = Log(out_dir, resume)
     samples_file = os.path.join(out_dir, 'samples.jsonl')
-    kept = [row for row in read_rows(samples_file) if row['iteration'] <= state['iteration']]  # what follows is drawn again
-    with open(samples_file, 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps(row) + '\n' for row in kept)
+    # what follows the state is drawn again
+    from_main(lambda: write_rows(samples_file, [row for row in read_rows(samples_file) if row['iteration'] <= state['iteration']]))
 
     n_picked, n_minibatches = n_rollouts // n_per_question, n_rollouts // minibatch
     n_updates = n_iterations * epochs * n_minibatches
     print(f'{n_iterations} iterations * {n_picked} questions * {n_per_question} samples = {n_iterations * n_rollouts:,} samples; '
           f'{n_iterations} * {epochs} epochs * {n_minibatches} minibatches = {n_updates:,} updates')
+    print(memory_needed([m for m in (policy, reference, value_model if separate else None, scorer) if m is not None], dtype, micro_tokens,
+                        longest + max_new_tokens, max_rows, max_new_tokens))
     exact = device.type == 'cpu' and dtype == torch.float32  # no bf16 and no TF32: two ways to one number agree
-    trunk = policy.trunk
-    if compile == 'on' or compile == 'auto' and device.type == 'cuda':
+    trunk = None
+    if policy.shard != 'fsdp' and (compile == 'on' or compile == 'auto' and device.type == 'cuda'):
         trunk = torch.compile(policy.trunk, dynamic=True)
 
     def sampler():
-        """Samples from the policy as it is now: from its own weights, or where products are bf16 from a bf16 copy of them."""
-        return Sampler(policy if dtype == torch.float32 else copy.deepcopy(policy).to(dtype), tok, max_rows, dtype)
+        """Samples from the policy as it is now: from its own weights, or where these are not whole, or not of dtype, from a copy."""
+        return Sampler(policy.for_sampling(dtype), tok, max_rows, dtype)
+
+    def reference_logprobs(examples):
+        if reference is not None:
+            return evaluate_batch(reference, None, examples, temperature, dtype, micro_tokens)[0]
+        with policy.without_adapter():
+            return evaluate_batch(policy, None, examples, temperature, dtype, micro_tokens)[0]
 
     def validate():
-        """maj@1; keeps the best policy so far, and in last/ all that going on from here needs. Ties go to the later policy."""
+        """maj@1; keeps the best policy so far. Ties go to the later policy."""
         maj1 = evaluation.greedy_accuracy(sampler(), val_problems, max_new_tokens, demonstrations)
         log(state['updates'], iteration=state['iteration'], samples_drawn=state['iteration'] * n_rollouts, val_maj1=maj1)
         if state['best'] is None or maj1 >= state['best']:
             state['best'] = maj1
             policy.save_pretrained(os.path.join(out_dir, 'best'), tok)
-        save_state(os.path.join(out_dir, 'last'), policy, tok, optimizer,
-                   state | ({'critic': value_model.state_dict()} if separate else {}))
 
-    if not resume:
+    if not state['iteration']:
         if eta_quantile:  # the scores of steps that the policy takes now, on questions that it will not learn from
-            found = sampler().generate([rewards.prompt(p.question) for p in val_problems], n_per_question, max_new_tokens, temperature,
-                                       seed=seed)
+            found = answer(sampler(), [rewards.prompt(p.question) for p in val_problems], n_per_question, max_new_tokens, temperature,
+                           seed=seed)
             scores = rewards.score(scorer, [Example(s.prompt_ids + s.ids, len(s.prompt_ids)) for s in found], micro_tokens, dtype)
             at_ends = torch.cat([x[[end for end, _ in rewards.step_lines(s.ids, tok)]] for s, x in zip(found, scores)])
             state['eta'] = at_ends.quantile(eta_quantile).item()
@@ -384,8 +405,8 @@ if __name__ == '__main__':
             prompts.append(head + given)
 
         # 2. rollouts: n_per_question solutions of each, by temperature alone (no top-k, no top-p)
-        samples = sampler().generate(prompts, n_per_question, max_new_tokens, temperature, stop=stop, seed=seed * 1_000_000 + iteration,
-                                     desc=f'iteration {iteration}: rollouts')
+        samples = answer(sampler(), prompts, n_per_question, max_new_tokens, temperature, stop=stop, seed=seed * 1_000_000 + iteration,
+                         desc=f'iteration {iteration}: rollouts')
         rollout_seconds = time.time() - started
 
         # 3. rewards on tokens
@@ -405,7 +426,7 @@ if __name__ == '__main__':
         lengths = torch.tensor([len(s.ids) for s in samples], device=device)
         mask = torch.arange(outcome.shape[1], device=device) < lengths[:, None]                # (B, T), from lengths
         old_logprobs, old_values, entropy = evaluate_batch(policy, value_model, examples, temperature, dtype, micro_tokens, True)
-        ref_logprobs = evaluate_batch(reference, None, examples, temperature, dtype, micro_tokens)[0]
+        ref_logprobs = reference_logprobs(examples)
         if iteration == 1:  # sampler and trainer are one policy, and nothing has moved yet; else the ratios below mean nothing
             sampled = torch.zeros_like(old_logprobs)
             sampled[mask] = torch.tensor([x for s in samples for x in s.logprobs], device=device)
@@ -435,9 +456,6 @@ if __name__ == '__main__':
         # 7. update: a few epochs of minibatches, each divided by its own tokens before memory splits it
         updating = time.time()
         warming = iteration <= value_warmup and value_model is not None
-        policy.requires_grad_(not warming)
-        if value_model is not None:
-            (value_model if separate else value_model.value_head).requires_grad_(True)
         totals, n_done, n_trained, stopped = np.zeros(5), 0, 0, False
         for epoch in range(epochs):
             order = rng.sample(range(n_rollouts), n_rollouts)
@@ -450,32 +468,38 @@ if __name__ == '__main__':
                 n_learned = int(lengths[rows].sum())
                 n_trained += n_learned
                 sums = np.zeros(6)  # policy loss, value loss, approx_kl, clip share, mean ratio, largest |ratio - 1|
-                for micro in micro_batches(rows, micro_tokens, lambda i: len(examples[i].ids)):
+                for micro, weight in my_micro_batches(rows, micro_tokens, lambda i: len(examples[i].ids)):
                     real = mask[micro]
                     old, adv = old_logprobs[micro][real], advantages[micro][real]              # (N,)
-                    logprobs, values, bonus = evaluate_actions(policy, value_model, [examples[i] for i in micro], temperature, dtype,
-                                                               entropy_coef > 0, trunk)
-                    loss = policy_part = ppo_loss(logprobs, old, adv, clip=clip, n_tokens=n_tokens)
-                    if values is not None:
-                        value_part = value_loss(values, old_values[micro][real], returns[micro][real], clip=value_clip, n_tokens=n_tokens)
-                        loss = loss + value_coef * value_part
-                        sums[1] += value_part.item()
-                    if entropy_coef:
-                        loss = loss - entropy_coef * bonus.sum() / n_tokens
-                    loss.backward()
+                    with enough_memory(f'iteration {iteration}, an update', f'lower micro_tokens = {micro_tokens}, or set grad_checkpointing'):
+                        logprobs, values, bonus = policy.run(evaluate_actions, value_model, [examples[i] for i in micro], temperature, dtype,
+                                                             entropy_coef > 0, trunk)
+                        loss = policy_part = ppo_loss(logprobs, old, adv, clip=clip, n_tokens=n_tokens)
+                        if values is not None:
+                            value_part = value_loss(values, old_values[micro][real], returns[micro][real], clip=value_clip, n_tokens=n_tokens)
+                            loss = loss + value_coef * value_part
+                            sums[1] += weight * value_part.item()
+                        if entropy_coef:
+                            loss = loss - entropy_coef * bonus.sum() / n_tokens
+                        backward(weight * loss, policy)
                     with torch.no_grad():
                         ratio = (logprobs - old).exp()
-                        sums[0] += policy_part.item()
-                        sums[2] += k3(old, logprobs).sum().item() / n_learned
-                        sums[3] += ((ratio - 1).abs() > clip).sum().item() / n_learned
-                        sums[4] += ratio.sum().item() / n_learned
+                        sums[0] += weight * policy_part.item()
+                        sums[2] += weight * k3(old, logprobs).sum().item() / n_learned
+                        sums[3] += weight * ((ratio - 1).abs() > clip).sum().item() / n_learned
+                        sums[4] += weight * ratio.sum().item() / n_learned
                         sums[5] = max(sums[5], (ratio - 1).abs().max().item())
+                largest = max(from_all(sums[5]))
+                sums = np.append(sum_over_processes(torch.from_numpy(sums[:5])).numpy(), largest)
+                if warming:  # the value function learns alone
+                    for p in policy_parameters:
+                        p.grad = None
                 if n_done == 0:  # nothing has moved since the old log-probs
                     assert abs(sums[4] - 1) < 0.05 and (sums[5] < 1e-3 or not exact), f'ratios before an update: off 1 by {sums[5]}'
-                norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
+                norm = finish_gradients(parameters, policy.shard, grad_clip)
                 if not (math.isfinite(norm) and np.isfinite(sums).all()):
                     raise UserError(f'iteration {iteration}: loss {sums[0]:.4g}, value loss {sums[1]:.4g}, gradient norm {norm}; stopped '
-                                    f'(a lower lr helps most often). {out_dir}/last and best are whole')
+                                    f'(a lower lr helps most often). {checkpoints.keep_batch(state["updates"] + 1, [examples[i] for i in rows])}')
                 stopped = target_kl > 0 and sums[2] > target_kl
                 if stopped:
                     optimizer.zero_grad(set_to_none=True)
@@ -516,7 +540,7 @@ if __name__ == '__main__':
         if truncated > 0.2:
             print(f'warning: {100 * truncated:.0f}% of the samples did not finish within max_new_tokens = {max_new_tokens}')
         shown = 0
-        with open(samples_file, 'a', encoding='utf-8') as f:
+        with open(samples_file if rank() == 0 else os.devnull, 'a', encoding='utf-8') as f:
             for r, text, rewarded, kl_row in zip(responses, texts, task_reward.cpu(), k1.sum(-1).tolist()):
                 ends = [0] + [end + 1 for end, _ in r.lines]
                 steps = [[line, round(rewarded[a:b].sum().item(), 4)] for (_, line), a, b in zip(r.lines, ends, ends[1:])]
@@ -533,4 +557,10 @@ if __name__ == '__main__':
         # 9. how good is it?
         if iteration % eval_interval == 0 or iteration == n_iterations:
             validate()
+        stops = asked_to_stop() and iteration < n_iterations
+        if stops or iteration % save_interval == 0 or iteration == n_iterations:
+            checkpoints.save(iteration, learners, optimizer, state)
+        if stops:
+            leave(f' after iteration {iteration} of {n_iterations}')
+    policy.save_pretrained(os.path.join(out_dir, 'last'), tok)
     print(f'best policy by validation maj@1 ({state["best"]:.3f}): {out_dir}/best')

@@ -14,17 +14,22 @@ no rollout at all.
 $ python rcrl.py config/demo_rcrl.py                     # CPU, after config/demo_ei.py
 $ python rcrl.py config/demo_rcrl.py --init_from=resume  # goes on where a stopped run was
 $ python rcrl.py config/gsm8k_smollm2_rcrl.py            # one GPU
+$ torchrun --nproc_per_node=8 rcrl.py config/gsm8k_llama2_7b_rcrl.py    # eight
 """
 import json
 import math
 import os
 import random
+import shutil
 from collections import Counter
+
+import torch
 
 import eval as evaluation
 import rewards
-from config import Log, UserError, bar, override, read_rows, read_run, start_run
-from model import Transformer, config_from_hf, find_checkpoint, load_state, make_optimizer, read_json, save_state, setup
+from config import Log, UserError, bar, leave, listen_for_stop, override, read_rows, read_run, resuming, start_run
+from model import (Transformer, asked_to_stop, config_from_hf, find_checkpoint, from_main, memory_needed, rank, read_json, setup,
+                   wait_for_main, world_size)
 from sample import Example, Sampler, check_same_tokenizer, load_tokenizer
 from sft import finetune, n_learned, solution_examples
 
@@ -56,11 +61,15 @@ max_steps = 0             # updates; 0: as many as `epochs` takes
 batch_size = 128
 micro_tokens = 16384
 grad_checkpointing = False  # compute activations again in backward: about a third more time, and memory for one block's alone
+shard = 'auto'            # over processes: 'ddp' (each has all weights), 'fsdp' (each has a part), or 'auto', by what fits
+lora_rank = 0             # above 0: adapters of that rank learn and all else is frozen; the export has them merged
+lora_alpha = 32.0         # an adapter's output counts lora_alpha / lora_rank
 lr = 2e-5
 min_lr = 2e-7
 warmup = 0.03
 weight_decay = 0.0
 grad_clip = 1.0
+save_interval = 0         # updates between states that a stopped run goes on from; 0: at every validation
 # evaluation
 eval_interval = 0         # updates between validations; 0: once an epoch
 eval_problems = 256       # problems of the validation slice for maj@1 after [GOOD]
@@ -140,9 +149,7 @@ def labelled_example(prompt_ids, ids, ends, good, tokenizer, learned=None):
 if __name__ == '__main__':
     settings = override(globals())
     device, dtype = setup(device, dtype, seed)
-    resume = init_from == 'resume'
-    if resume and not read_run(out_dir):
-        raise UserError(f'{out_dir}: there is no run to resume')
+    resume = resuming(init_from, out_dir)
 
     # 0. everything that can be wrong with the input, before anything is written
     for name, allowed in (('granularity', ('step', 'solution')), ('label_tokens', ('new', 'text'))):
@@ -156,6 +163,8 @@ if __name__ == '__main__':
         raise UserError('batch_size and micro_tokens must be at least 1, epochs above 0')
     if granularity == 'solution' and good_share:
         raise UserError("with granularity = 'solution' there are no labels of steps: right_share sets the mix")
+    if lora_rank and label_tokens == 'new':
+        raise UserError("lora_rank leaves the embedding as it is, so that new labels would not be learned; take label_tokens = 'text'")
     if not base:
         raise UserError('fine-tuning needs the checkpoint to start from: --base=out/demo_base')
     problems = rewards.load_problems(task, 'train')
@@ -171,6 +180,7 @@ if __name__ == '__main__':
     base_tok.add_labels(granularity, label_tokens == 'new')  # can they be added? Not after hours of sampling
     sampler = Sampler(Transformer.from_pretrained(policy_from, device, dtype), tok, max_rows, dtype)
     start_run(settings, resume, overwrite)
+    listen_for_stop()
     log = Log(out_dir, resume)
 
     # 1. solutions: right ones and wrong ones
@@ -179,12 +189,12 @@ if __name__ == '__main__':
 
     # 2. is a step good? A line a question, written as it comes: of each of its solutions the labels of the steps
     path = os.path.join(out_dir, 'labels.jsonl')
-    rows = read_rows(path)
+    rows = from_main(lambda: read_rows(path))
     if granularity == 'step':
-        chunk = max(1, 4 * max_rows // (2 * k))  # questions a time: enough rollouts to fill some batches
+        chunk = world_size() * max(1, 4 * max_rows // (2 * k))  # questions a time: enough rollouts to fill some batches
         progress = bar(desc='label', total=len(questions))
         progress.update(len(rows))
-        with open(path, 'a') as f:
+        with open(path if rank() == 0 else os.devnull, 'a') as f:
             for start in range(len(rows), len(questions), chunk):
                 todo = groups[start:start + chunk]
                 judged, drawn = step_labels(sampler, [r for group in todo for r in group], rollouts, threshold, max_new_tokens,
@@ -194,6 +204,9 @@ if __name__ == '__main__':
                 f.writelines(json.dumps(row) + '\n' for row in rows[start:])
                 f.flush()
                 progress.update(len(todo))
+                if asked_to_stop():
+                    progress.close()
+                    leave(f' after the labels of {len(rows):,} of {len(questions):,} questions')
         progress.close()
     else:
         rows = [{'labels': [[r.correct] * len(r.lines) for r in group], 'rollouts': 0} for group in groups]
@@ -208,8 +221,14 @@ if __name__ == '__main__':
         for r, labels in zip(group, row['labels']):
             solutions.setdefault((r.problem.question, tuple(r.ids)), (r, labels))
     tok.add_labels(granularity, label_tokens == 'new')
-    resumed = resume and os.path.exists(os.path.join(out_dir, 'last'))
-    model = Transformer.from_pretrained(os.path.join(out_dir, 'last') if resumed else base, device)
+    start_from = base
+    if label_tokens == 'new':  # the base with two more rows
+        start_from = os.path.join(out_dir, 'start')
+        if rank() == 0:
+            Transformer.from_pretrained(base).add_tokens(tok.vocab_size, 2).save_pretrained(start_from, tok)
+        wait_for_main()
+    model = Transformer.from_pretrained(start_from, device, dtype if lora_rank else torch.float32, lora_rank=lora_rank,
+                                        lora_alpha=lora_alpha, shard=shard, product_dtype=dtype)
 
     def example(r, labels, learned):
         return labelled_example(tok.encode_prompt(rewards.prompt(r.problem.question)), r.ids, rewards.step_ends(r), labels, tok, learned)
@@ -238,34 +257,33 @@ if __name__ == '__main__':
         rollouts_drawn=sum(row['rollouts'] for row in rows))
 
     # 4. fine-tune the base on them, labels read and not learned
-    if label_tokens == 'new' and not resumed:
-        model.add_tokens(tok.vocab_size, 2)
-    model.grad_checkpointing = grad_checkpointing
-    optimizer = make_optimizer(model, lr, weight_decay)
-    state = load_state(os.path.join(out_dir, 'last'), optimizer) if resumed else {'step': 0, 'best': -1.0}
+    model.grad_checkpointing, state = grad_checkpointing, {'best': -1.0}
+    print(memory_needed([model], dtype, micro_tokens, max(len(e.ids) for e in dataset), max_rows, max_new_tokens))
 
-    def maj1(condition):
-        return evaluation.greedy_accuracy(Sampler(model, tok, max_rows, dtype, condition), val_problems, max_new_tokens)
+    def maj1(policy, condition):
+        return evaluation.greedy_accuracy(Sampler(policy, tok, max_rows, dtype, condition), val_problems, max_new_tokens)
 
-    def validate(step, optimizer):
-        """maj@1 after [GOOD]; keeps the best policy, and in last/ what resuming needs. Ties go to the later step."""
-        good = maj1('good')
+    def validate(step):
+        """maj@1 after [GOOD]; keeps the best policy. Ties go to the later step."""
+        good = maj1(model.for_sampling(dtype), 'good')
         log(step, val_maj1=good)
         if good >= state['best']:
             state['best'] = good
             model.save_pretrained(os.path.join(out_dir, 'best'), tok)
-        state['step'] = step
-        save_state(os.path.join(out_dir, 'last'), model, tok, optimizer, state)
 
     finetune(model, dataset, epochs=epochs, max_steps=max_steps, batch_size=batch_size, micro_tokens=micro_tokens, lr=lr, min_lr=min_lr,
              warmup=warmup, weight_decay=weight_decay, grad_clip=grad_clip, seed=seed, dtype=dtype,
              compile=compile == 'on' or compile == 'auto' and device.type == 'cuda', eval_interval=eval_interval, evaluate=validate,
-             log=log, optimizer=optimizer, start_step=state['step'], desc='rcrl')
+             log=log, out_dir=out_dir, save_interval=save_interval, state=state, resume=resume, desc='rcrl')
+    model.save_pretrained(os.path.join(out_dir, 'last'), tok)
 
     # 5. do the labels mean anything?
-    del model, optimizer
-    model = Transformer.from_pretrained(os.path.join(out_dir, 'best'), device, dtype)
-    after = {condition: maj1(condition) for condition in ('good', 'bad', 'none')}
+    del model
+    wait_for_main()
+    best = Transformer.from_pretrained(os.path.join(out_dir, 'best'), device, dtype)
+    after = {condition: maj1(best, condition) for condition in ('good', 'bad', 'none')}
     log(state['step'], **{f'val_maj1_{condition}': accuracy for condition, accuracy in after.items()})
+    if rank() == 0:
+        shutil.rmtree(os.path.join(out_dir, 'start'), ignore_errors=True)
     print(f'maj@1 on the validation slice after [GOOD] {after["good"]:.3f}, after [BAD] {after["bad"]:.3f}, without a label {after["none"]:.3f}: '
           f'{out_dir}/best')

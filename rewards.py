@@ -26,9 +26,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from config import Log, UserError, bar, override, read_rows, read_run, start_run
-from model import Transformer, autocast, find_checkpoint, learning_rate, make_optimizer, setup
-from sample import Sampler, answer, check_same_tokenizer, collate, epoch_order, load_tokenizer, micro_batches
+from config import Log, UserError, bar, leave, listen_for_stop, override, read_rows, read_run, resuming, start_run
+from model import (Checkpoints, Transformer, asked_to_stop, autocast, backward, enough_memory, find_checkpoint, finish_gradients, from_all,
+                   from_main, learning_rate, make_optimizer, memory_needed, rank, setup, sum_over_processes, world_size)
+from sample import Sampler, answer, check_same_tokenizer, collate, epoch_order, load_tokenizer, my_micro_batches
 
 # -----------------------------------------------------------------------------
 task = 'arithmetic'       # data/<task>/, or a folder with train.jsonl and test.jsonl
@@ -53,12 +54,16 @@ epochs = 2.0
 batch_size = 64
 micro_tokens = 16384
 grad_checkpointing = False  # compute activations again in backward: about a third more time, and memory for one block's alone
+shard = 'auto'            # over processes: 'ddp' (each has all weights), 'fsdp' (each has a part), or 'auto', by what fits
+lora_rank = 0             # above 0: adapters of that rank learn and all else is frozen; the export has them merged
+lora_alpha = 32.0         # an adapter's output counts lora_alpha / lora_rank
 lr = 1e-5
 min_lr = 1e-6
 warmup = 0.03
 weight_decay = 0.0
 grad_clip = 1.0
 # run
+save_interval = 200       # updates between states that a stopped run goes on from; 0: none
 out_dir = 'out/orm'
 overwrite = False         # replace the run that out_dir holds
 seed = 0
@@ -421,10 +426,10 @@ def prm_rewards(responses, scores, refine='none', eta=0.0):
 
 # ---- Reward models ----
 
-def load_reward_model(path, tokenizer, device, dtype=torch.float32):
+def load_reward_model(path, tokenizer, device, dtype=torch.float32, shard='none'):
     """A trained ORM or PRM, without gradients. UserError if it has no scalar head, or was made for another tokenizer."""
     check_same_tokenizer(load_tokenizer(path), tokenizer, f'the reward model {path} and the policy')
-    model = Transformer.from_pretrained(path, device, dtype)
+    model = Transformer.from_pretrained(path, device, dtype, shard=shard, product_dtype=dtype)
     if model.value_head is None:
         raise UserError(f'{path} is no reward model: it has no scalar head (python rewards.py config/demo_orm.py trains one)')
     return model.requires_grad_(False)
@@ -434,14 +439,20 @@ def load_reward_model(path, tokenizer, device, dtype=torch.float32):
 def score(model, examples, max_tokens, dtype=torch.float32):
     """For each example (ids, n_prompt) the probability that the reward model gives to every prefix of what follows the
     prompt: a list of (n,) fp32 on the CPU, n = len(ids) - n_prompt, the t-th one having read the t-th token."""
-    scores = [None] * len(examples)
-    for micro in micro_batches(range(len(examples)), max_tokens, lambda i: len(examples[i].ids)):
+    scores = {}
+    for micro, weight in my_micro_batches(range(len(examples)), max_tokens, lambda i: len(examples[i].ids)):
         ids, actions = collate([examples[i] for i in micro], model.embed.weight.device, model.config.block_size)
         with autocast(ids.device, dtype):
-            p = model.values(model.trunk(ids)[actions]).sigmoid().cpu()
+            p = model.run(values_at, ids, actions).sigmoid().cpu()
         for i, s in zip(micro, p.split([len(examples[i].ids) - examples[i].n_prompt for i in micro])):
             scores[i] = s
-    return scores
+    scores = {i: s for part in from_all(scores) for i, s in part.items()}
+    return [scores[i] for i in range(len(examples))]
+
+
+def values_at(model, ids, at):
+    """The scalar head's outputs (N,) at the N positions of ids (B, T) where `at` (B, T) is True."""
+    return model.values(model.trunk(ids)[at])
 
 
 class Labelled(NamedTuple):
@@ -502,33 +513,48 @@ def step_success(sampler, responses, rollouts, max_new_tokens, temperature, seed
     return [[share[place] for place in row] + [float(r.correct)] for r, row in zip(responses, places)]
 
 
+def labels_loss(model, rows):
+    """Summed binary cross-entropy of the known labels of some Labelled rows, a scalar."""
+    ids, actions = collate(rows, model.embed.weight.device, model.config.block_size)
+    labels = torch.tensor([x for row in rows for x in row.labels], device=ids.device)
+    known = ~labels.isnan()
+    return F.binary_cross_entropy_with_logits(values_at(model, ids, actions)[known], labels[known], reduction='sum')
+
+
 def fit(model, rows, steps, log, *, batch_size=64, micro_tokens=16384, lr=1e-5, min_lr=1e-6, warmup=0.03, weight_decay=0.0,
-        grad_clip=1.0, seed=0, dtype=torch.float32):
+        grad_clip=1.0, seed=0, dtype=torch.float32, out_dir='', save_interval=0, resume=False):
     """Trains a reward model in place on a list of Labelled (at least batch_size): binary cross-entropy, the mean over an
-    update's labels. log(step, **metrics) gets the loss. UserError if the loss is not finite."""
+    update's labels. log(step, **metrics) gets the loss. out_dir, if given, gets states every save_interval updates and when a stop is
+    asked for, and resume goes on from the newest one. UserError if the loss is not finite."""
     device, optimizer, per_epoch = model.embed.weight.device, make_optimizer(model, lr, weight_decay), len(rows) // batch_size
-    for step in bar(range(steps), desc='reward model'):
+    parameters, checkpoints = [p for group in optimizer.param_groups for p in group['params']], Checkpoints(out_dir)
+    state = checkpoints.load({'model': model}, optimizer) if resume else None
+    for step in bar(range(state['step'] if state else 0, steps), desc='reward model'):
         order = epoch_order(rows, batch_size, seed, step // per_epoch)  # the rest of an epoch's rows sits it out
         batch = [rows[i] for i in order[step % per_epoch * batch_size:][:batch_size]]
         n_labels, total = sum(not math.isnan(x) for row in batch for x in row.labels), 0.0
-        for micro in micro_batches(batch, micro_tokens):
-            ids, actions = collate(micro, device, model.config.block_size)
-            labels = torch.tensor([x for row in micro for x in row.labels], device=device)
-            known = ~labels.isnan()
-            with autocast(device, dtype):
-                logits = model.values(model.trunk(ids)[actions])
-            loss = F.binary_cross_entropy_with_logits(logits[known], labels[known], reduction='sum') / n_labels
-            loss.backward()
+        for micro, weight in my_micro_batches(batch, micro_tokens):
+            with enough_memory(f'update {step + 1}', f'lower micro_tokens = {micro_tokens}, or set grad_checkpointing'), autocast(device, dtype):
+                loss = weight * model.run(labels_loss, micro) / n_labels
+                backward(loss, model)
             total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+        norm = finish_gradients(parameters, model.shard, grad_clip)
+        total = sum_over_processes(torch.tensor(total, dtype=torch.float64)).item()
         if not (math.isfinite(total) and math.isfinite(norm)):
-            raise UserError(f'update {step + 1}: loss {total}, gradient norm {norm}; stopped (a lower lr helps most often)')
+            raise UserError(f'update {step + 1}: loss {total}, gradient norm {norm}; stopped (a lower lr helps most often)'
+                            + (f'. {checkpoints.keep_batch(step + 1, batch)}' if out_dir else ''))
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, steps, lr, min_lr, warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % max(10, steps // 40) == 0 or step + 1 == steps:
+        if (step + 1) % max(1, steps // 40) == 0 or step + 1 == steps:
             log(step + 1, loss=total, lr=optimizer.param_groups[0]['lr'], grad_norm=norm)
+        if out_dir:
+            stops = asked_to_stop() and step + 1 < steps
+            if stops or step + 1 == steps or save_interval and (step + 1) % save_interval == 0:
+                checkpoints.save(step + 1, {'model': model}, optimizer, {'step': step + 1})
+            if stops:
+                leave(f' after update {step + 1} of {steps}')
 
 
 def auroc(scores, labels):
@@ -568,9 +594,7 @@ if __name__ == '__main__':
             raise UserError(f'{name} is one of {allowed}, not {settings[name]!r}')
     if min(k, rollouts, heldout, batch_size, micro_tokens) < 1 or temperature <= 0 or epochs <= 0:
         raise UserError('k, rollouts, heldout, batch_size and micro_tokens must be at least 1, temperature and epochs above 0')
-    resume = init_from == 'resume'
-    if resume and not read_run(out_dir):
-        raise UserError(f'{out_dir}: there is no run to resume')
+    resume = resuming(init_from, out_dir)
     policy_from = read_run(out_dir)['init_from'] if resume else init_from
     problems = load_problems(task, 'train')
     if not 0 <= n_questions <= len(problems):
@@ -584,8 +608,9 @@ if __name__ == '__main__':
     if samples and not (os.path.isfile(samples) and all(len(row['samples']) == k for row in read_rows(samples))):
         raise UserError(f'samples = {samples!r} is no file with k = {k} solutions of each question')
     start_run(settings, resume, overwrite)
+    listen_for_stop()
     log = Log(out_dir, resume)
-    if samples and not resume:
+    if samples and not resume and rank() == 0:
         shutil.copy(samples, os.path.join(out_dir, 'samples_train.jsonl'))
 
     def label(problems, name):
@@ -602,11 +627,11 @@ if __name__ == '__main__':
             return [row(r, outcome_labels(r, label_at)) for r in chosen]
 
         path = os.path.join(out_dir, f'labels_{name}.jsonl')  # a line a problem: of each solution each step's share of success
-        shares = read_rows(path)
-        chunk = max(1, 4 * max_rows // (3 * k * rollouts))    # problems a time: enough to fill some batches
+        shares = from_main(lambda: read_rows(path))
+        chunk = world_size() * max(1, 4 * max_rows // (3 * k * rollouts))  # problems a time: enough to fill some batches
         progress = bar(desc=f'{name}: label', total=len(problems))
         progress.update(len(shares))
-        with open(path, 'a') as f:
+        with open(path if rank() == 0 else os.devnull, 'a') as f:
             for start in range(len(shares), len(problems), chunk):
                 todo = groups[start:start + chunk]
                 judged = iter(step_success(sampler, [r for group in todo for r in group], rollouts, max_new_tokens, temperature, seed + 1))
@@ -614,6 +639,9 @@ if __name__ == '__main__':
                 f.writelines(json.dumps(group) + '\n' for group in shares[start:])
                 f.flush()
                 progress.update(len(todo))
+                if asked_to_stop():
+                    progress.close()
+                    leave(f' after the labels of {len(shares):,} of {len(problems):,} questions')
         progress.close()
         rows = []
         for group, successes in zip(groups, shares):
@@ -635,12 +663,13 @@ if __name__ == '__main__':
           f'{steps} updates * {batch_size} = {steps * batch_size:,} solutions; {len(val_rows):,} held out')
 
     # 2. learn to tell them
-    model = Transformer.from_pretrained(base or policy_from, device)
-    if model.value_head is None:
-        model.add_value_head()
+    del sampler  # and the policy with it: its memory is needed now
+    model = Transformer.from_pretrained(base or policy_from, device, dtype if lora_rank else torch.float32, value_head=True,
+                                        lora_rank=lora_rank, lora_alpha=lora_alpha, shard=shard, product_dtype=dtype)
     model.grad_checkpointing = grad_checkpointing
+    print(memory_needed([model], dtype, micro_tokens, max(len(row.ids) for row in rows), max_rows=0, max_new_tokens=0))
     fit(model, rows, steps, log, batch_size=batch_size, micro_tokens=micro_tokens, lr=lr, min_lr=min_lr, warmup=warmup,
-        weight_decay=weight_decay, grad_clip=grad_clip, seed=seed, dtype=dtype)
+        weight_decay=weight_decay, grad_clip=grad_clip, seed=seed, dtype=dtype, out_dir=out_dir, save_interval=save_interval, resume=resume)
 
     # 3. how well, on the solutions of questions that it has not seen: the whole solution's score, or for the PRM each step's
     pairs = []

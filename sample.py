@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError, bar, override, read_run
-from model import KVCache, Transformer, autocast, find_checkpoint, read_json, refuse_missing_folder, setup
+from model import (KVCache, Transformer, autocast, enough_memory, find_checkpoint, from_all, rank, read_json, refuse_missing_folder, setup,
+                   world_size)
 
 # -----------------------------------------------------------------------------
 # settings, for running this file as a script
@@ -337,6 +338,17 @@ def micro_batches(rows, max_tokens, length=lambda e: len(e.ids)):
     return micros
 
 
+def my_micro_batches(rows, max_tokens, length=lambda e: len(e.ids)):
+    """This process's share of an update's micro-batches: [(rows, weight)]. All processes have equally many, since FSDP gathers weights
+    in each: where there are too few, one is computed again with weight 0."""
+    if world_size() == 1:
+        return [(micro, 1.0) for micro in micro_batches(rows, max_tokens, length)]
+    ordered = sorted(rows, key=lambda row: -length(row))  # dealt by length, so that each gets as much to do
+    shares = [micro_batches(ordered[r::world_size()], max_tokens, length) for r in range(world_size())]
+    mine, most = shares[rank()], max(map(len, shares))
+    return [(micro, 1.0) for micro in mine] + [(ordered[-1:], 0.0)] * (most - len(mine))
+
+
 def padded_length(examples, most):
     """The T to which collate pads."""
     longest = max(len(e.ids) for e in examples)
@@ -506,11 +518,12 @@ class Sampler:
             self.ends_line[list(tokenizer.newline_ids)] = True
 
     @torch.inference_mode()
-    def generate(self, prompts, k=1, max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, stop=(), seed=0, desc=None):
+    def generate(self, prompts, k=1, max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, stop=(), seed=0, desc=None, first=None):
         """k samples of each prompt, prompt after prompt: sample j of prompt i is result[i * k + j].
 
         prompts: texts, or lists of ids. max_new_tokens: every row's own budget, one number or one a prompt; labels within a solution
-        count. temperature 0 is greedy. stop: strings that end a sample. desc: a title for the progress bar. UserError for a bad
+        count. temperature 0 is greedy. stop: strings that end a sample. desc: a title for the progress bar. first: for each prompt the number
+        of its first sample, where some of its samples are drawn by another call; by default those given twice here count on. UserError for a bad
         argument, an empty prompt, and a prompt that leaves no room for the budget within the model's context."""
         budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         if len(budgets) != len(prompts):
@@ -532,11 +545,7 @@ class Sampler:
 
         # Rows are (number of the prompt, number of its sample), in the order of the prompts' lengths, so that prompts that are read
         # together need little padding; the longest come first, so that what is too large for the memory fails at once.
-        seen, streams = Counter(), []
-        for p in prompts:
-            key = tuple(p)
-            streams.append([random_stream(seed, p, seen[key] + j) for j in range(k)])
-            seen[key] += k  # the same prompt given twice gets fresh samples
+        streams = [[random_stream(seed, p, n + j) for j in range(k)] for p, n in zip(prompts, first or first_numbers(prompts, k))]
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         waiting = deque((i, j) for i in order for j in range(k))
         samples, cohorts = [None] * len(waiting), []
@@ -579,6 +588,15 @@ class Sampler:
         return torch.tensor([any(s in text for s in stop) for text in texts], device=self.device)
 
 
+def first_numbers(prompts, k):
+    """The number of each prompt's first sample: 0, but for prompts that were given before, which get fresh samples."""
+    seen, first = Counter(), []
+    for p in map(tuple, prompts):
+        first.append(seen[p])
+        seen[p] += k
+    return first
+
+
 def refuse_too_long(sampler, prompts, max_new_tokens):
     """UserError if none of the prompts (lists of ids) leaves room for the budget in the model's context."""
     shortest, block_size = min(map(len, prompts)) + len(sampler.label), sampler.model.config.block_size
@@ -586,15 +604,24 @@ def refuse_too_long(sampler, prompts, max_new_tokens):
         raise UserError(f'the shortest prompt, of {shortest} tokens, and max_new_tokens = {max_new_tokens} exceed the context of {block_size} tokens')
 
 
-def answer(sampler, prompts, k, max_new_tokens, temperature, **arguments):
-    """Sampler.generate, but a prompt without room for its budget in the model's context gets empty samples, which count as
-    wrong, instead of ending the run."""
-    prompts = [sampler.tokenizer.encode_prompt(p) if isinstance(p, str) else p for p in prompts]
+def answer(sampler, prompts, k, max_new_tokens, temperature, first=None, **arguments):
+    """Sampler.generate on all processes: each draws the samples of its share of the prompts (lists of ids or texts), and gets all
+    of them. And a prompt without room for its budget in the model's context gets empty samples, which count as wrong, instead of
+    ending the run."""
+    prompts = [sampler.tokenizer.encode_prompt(p) if isinstance(p, str) else list(p) for p in prompts]
     budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    first = first or first_numbers(prompts, k)
     fits = [len(p) + len(sampler.label) + budget <= sampler.model.config.block_size for p, budget in zip(prompts, budgets)]
     which = [i for i, fit in enumerate(fits) if fit]
-    drawn = iter(sampler.generate([prompts[i] for i in which], k, [budgets[i] for i in which], temperature, **arguments))
-    return [next(drawn) if fit else Sample(p, [], [], False) for p, fit in zip(prompts, fits) for _ in range(k)]
+    mine = which[rank()::world_size()]
+    with enough_memory(f'sampling {sampler.max_rows} rows at a time', 'lower max_rows'):
+        drawn = sampler.generate([prompts[i] for i in mine], k, [budgets[i] for i in mine], temperature, first=[first[i] for i in mine],
+                                 **arguments)
+    samples = [Sample(p, [], [], False) for p in prompts for _ in range(k)]
+    for r, part in enumerate(from_all([tuple(s) for s in drawn])):
+        for n, i in enumerate(which[r::world_size()]):
+            samples[i * k:(i + 1) * k] = [Sample(*s) for s in part[n * k:(n + 1) * k]]
+    return samples
 
 
 if __name__ == '__main__':

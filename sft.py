@@ -6,7 +6,9 @@ finetune() is what Expert Iteration distils with. An update's loss is the mean o
 micro-batches into which memory forces it.
 
 $ python sft.py config/demo_sft.py                      # CPU: the demo's SFT, from out/demo_base
+$ python sft.py config/demo_sft.py --init_from=resume   # goes on with a run that was stopped
 $ python sft.py --task=gsm8k --init_from=HuggingFaceTB/SmolLM2-135M --out_dir=out/gsm8k_sft   # one GPU
+$ torchrun --nproc_per_node=8 sft.py config/gsm8k_llama2_7b_sft.py                            # eight
 """
 import json
 import math
@@ -17,9 +19,10 @@ import torch
 
 import eval as evaluation
 import rewards
-from config import Log, UserError, bar, override, read_run, start_run
-from model import ModelConfig, Transformer, autocast, learning_rate, load_state, make_optimizer, peak_flops, save_state, setup
-from sample import Example, Sampler, action_logprobs, collate, epoch_order, learn_bpe, load_tokenizer, micro_batches, padded_length
+from config import Log, UserError, bar, leave, listen_for_stop, override, read_run, resuming, start_run
+from model import (Checkpoints, ModelConfig, Transformer, asked_to_stop, autocast, backward, enough_memory, finish_gradients, learning_rate,
+                   make_optimizer, memory_needed, peak_flops, setup, sharding, sum_over_processes, world_size)
+from sample import (Example, Sampler, action_logprobs, collate, epoch_order, learn_bpe, load_tokenizer, my_micro_batches, padded_length)
 
 # -----------------------------------------------------------------------------
 # data
@@ -41,8 +44,11 @@ block_size = 256          # longest sequence of a scratch model, in tokens
 epochs = 4.0              # paper: 4 (as recalled)
 max_steps = 0             # updates; 0: as many as `epochs` takes
 batch_size = 128          # solutions an update; paper: 128 (as recalled)
-micro_tokens = 16384      # tokens a micro-batch, padding included: what memory allows; the result does not depend on it
+micro_tokens = 16384      # tokens a micro-batch of a process, padding included: what memory allows; the result does not depend on it
 grad_checkpointing = False  # compute activations again in backward: about a third more time, and memory for one block's alone
+shard = 'auto'            # over processes: 'ddp' (each has all weights), 'fsdp' (each has a part), or 'auto', by what fits
+lora_rank = 0             # above 0: adapters of that rank learn and all else is frozen; the export has them merged
+lora_alpha = 32.0         # an adapter's output counts lora_alpha / lora_rank
 lr = 2e-5                 # paper: 2e-5 cosine to 2e-7 (as recalled); a scratch model wants about 1e-3
 min_lr = 2e-7
 warmup = 0.03             # share of the updates over which the rate rises from 0
@@ -50,6 +56,7 @@ weight_decay = 0.0
 grad_clip = 1.0           # on the global norm; 0: none
 # evaluation
 eval_interval = 0         # updates between validations; 0: once an epoch
+save_interval = 0         # updates between states that a stopped run goes on from; 0: at every validation
 keep_epochs = 0.0         # e.g. 0.5: validate twice an epoch instead, and keep every checkpoint, in out_dir/epoch_*
 eval_problems = 256       # problems of the validation slice (at most its 256) for maj@1 and the loss; as many texts of text_file
 max_new_tokens = 256      # budget of a greedy solution
@@ -116,29 +123,36 @@ def n_learned(examples):
 def mean_loss(model, examples, max_tokens, device, dtype):
     """Validation loss: nats a learned token."""
     with autocast(device, dtype):
-        return sum(loss_sum(model, micro).item() for micro in micro_batches(examples, max_tokens)) / n_learned(examples)
+        total = sum(weight * model.run(loss_sum, micro).item() for micro, weight in my_micro_batches(examples, max_tokens))
+    return sum_over_processes(torch.tensor(total, dtype=torch.float64)).item() / n_learned(examples)
 
 
 def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_tokens=16384, lr=2e-5, min_lr=2e-7, warmup=0.03,
              weight_decay=0.0, grad_clip=1.0, seed=0, dtype=torch.float32, compile=False, eval_interval=0, evaluate=None, log=None,
-             optimizer=None, start_step=0, desc='sft'):
+             out_dir='', save_interval=0, state=None, resume=False, desc='sft'):
     """Fine-tunes model in place on a list of Example and returns the number of updates.
 
-    evaluate(step, optimizer), if given, is called every eval_interval updates (0: an epoch) and after the last one.
+    evaluate(step), if given, is called every eval_interval updates (0: an epoch) and after the last one.
     log(step, **metrics), if given, gets every so often the loss (nats a learned token), lr, gradient norm, speed and padding share;
     mfu is the share of the measured peak of matrix products that the real tokens needed, backward as two forward passes.
-    Each epoch is a fresh permutation of the examples (epoch_order), and an update may straddle two epochs; so optimizer and
-    start_step are all it takes to go on from a checkpoint. UserError if the loss is not finite."""
+    out_dir, if given, gets states (Checkpoints) every save_interval updates (0: eval_interval) and when a stop is asked for, with the
+    dictionary `state`, in which evaluate may keep what it needs; resume goes on from the newest one.
+    Each epoch is a fresh permutation of the examples (epoch_order), and an update may straddle two epochs; nothing else is random,
+    so that a state needs no generator's. UserError if the loss is not finite."""
     if not examples:
         raise UserError('there is nothing to fine-tune on')
     if batch_size < 1 or micro_tokens < 1:
         raise UserError('batch_size and micro_tokens must be at least 1')
-    device = model.embed.weight.device
+    device, checkpoints = model.embed.weight.device, Checkpoints(out_dir)
     steps = max_steps or math.ceil(epochs * len(examples) / batch_size)
     eval_interval = eval_interval or math.ceil(len(examples) / batch_size)
-    optimizer = optimizer or make_optimizer(model, lr, weight_decay)
-    trunk = torch.compile(model.trunk, dynamic=True) if compile else model.trunk
-    peak = peak_flops(device, dtype) if log is not None else None
+    optimizer, state = make_optimizer(model, lr, weight_decay), {} if state is None else state
+    if resume:
+        state.update(checkpoints.load({'model': model}, optimizer) or {})
+    start_step = state.get('step', 0)
+    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    trunk = torch.compile(model.trunk, dynamic=True) if compile and model.shard != 'fsdp' else None
+    peak = world_size() * peak_flops(device, dtype) if log is not None else None
     order, epoch = [], -1
     for step in bar(range(start_step, steps), desc=desc):
         # 1. the update's examples: row i of the endless sequence of permuted epochs
@@ -150,36 +164,47 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
             batch.append(examples[order[i % len(examples)]])
         # 2. gradients, divided by the whole update's tokens before it is split: the split cannot matter
         started, total, n_tokens, n_padded = time.time(), 0.0, n_learned(batch), 0
-        for micro in micro_batches(batch, micro_tokens):
-            with autocast(device, dtype):
-                loss = loss_sum(model, micro, trunk) / n_tokens
-            loss.backward()
+        for micro, weight in my_micro_batches(batch, micro_tokens):
+            padded = len(micro) * (padded_length(micro, model.config.block_size + 1) - 1)
+            with enough_memory(f'update {step + 1}, a micro-batch of {len(micro)} rows and {padded} tokens',
+                               f'lower micro_tokens = {micro_tokens}, or set grad_checkpointing'), autocast(device, dtype):
+                loss = weight * model.run(loss_sum, micro, trunk) / n_tokens
+                backward(loss, model)
             total += loss.item()
-            n_padded += len(micro) * (padded_length(micro, model.config.block_size + 1) - 1)
+            n_padded += weight * padded
         # 3. the update
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+        norm = finish_gradients(parameters, model.shard, grad_clip)
+        total, n_padded = sum_over_processes(torch.tensor([total, n_padded], dtype=torch.float64)).tolist()
         if not (math.isfinite(total) and math.isfinite(norm)):
-            raise UserError(f'update {step + 1}: loss {total}, gradient norm {norm}; stopped (a lower lr helps most often)')
+            raise UserError(f'update {step + 1}: loss {total}, gradient norm {norm}; stopped (a lower lr helps most often)'
+                            + (f'. {checkpoints.keep_batch(step + 1, batch)}' if out_dir else ''))
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, steps, lr, min_lr, warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if log is not None and ((step + 1) % max(10, steps // 40) == 0 or step + 1 == steps):  # some 40 lines a run
+        state['step'] = step + 1
+        if log is not None and ((step + 1) % max(1, steps // 40) == 0 or step + 1 == steps):  # some 40 lines a run
             n_real, seconds = sum(len(e.ids) - 1 for e in batch), time.time() - started
             log(step + 1, loss=total, lr=optimizer.param_groups[0]['lr'], grad_norm=norm, epoch=(step + 1) * batch_size / len(examples),
                 tokens_per_second=n_real / seconds, padding=1 - n_real / n_padded,
                 mfu=3 * sum(model.flops([len(e.ids) - 1], n_learned([e])) for e in batch) / seconds / peak)
-        if evaluate is not None and ((step + 1) % eval_interval == 0 or step + 1 == steps):
-            evaluate(step + 1, optimizer)
+        evaluates = (step + 1) % eval_interval == 0 or step + 1 == steps
+        if evaluate is not None and evaluates:
+            evaluate(step + 1)
+        if out_dir:
+            stops = asked_to_stop() and step + 1 < steps
+            if stops or evaluates or save_interval and (step + 1) % save_interval == 0:
+                checkpoints.save(step + 1, {'model': model}, optimizer, state)
+            if stops:
+                leave(f' after update {step + 1} of {steps}')
     return steps
 
 
 if __name__ == '__main__':
     settings = override(globals())
     device, dtype = setup(device, dtype, seed)
-    resume = init_from == 'resume'
-    if resume and not read_run(out_dir):
-        raise UserError(f'{out_dir}: there is no run to resume')
+    resume = resuming(init_from, out_dir)
+    init_from = read_run(out_dir)['init_from'] if resume else init_from
 
     # 1. data and tokenizer, before anything is written
     problems = rewards.load_problems(task, 'train') if not text_file else []
@@ -194,7 +219,7 @@ if __name__ == '__main__':
         raise UserError(f'{text_file or task}: {len(texts)} rows are too few to hold {eval_problems} out')
     texts, val_texts = (texts[:-eval_problems], texts[-eval_problems:]) if text_file else (texts, [])
     if init_from != 'scratch':
-        tok = load_tokenizer(out_dir if resume else init_from, conditioned=False)
+        tok = load_tokenizer(init_from, conditioned=False)
     else:
         tok = learn_bpe(texts, n_merges) if tokenizer == 'bpe' else load_tokenizer(tokenizer, conditioned=False)
 
@@ -209,12 +234,14 @@ if __name__ == '__main__':
         else:
             shape |= dict(n_kv_head=n_head, n_inner=4 * n_embd, norm='layer', activation='gelu_tanh', rope_theta=0.0,
                           qkv_bias=True, out_bias=True, mlp_bias=True)
+        if lora_rank:
+            raise UserError('lora_rank adapts a model that has learned something: not one from scratch')
         model = Transformer(ModelConfig(family=family, **shape)).init_weights().to(device)
+        model.distribute(sharding(shard, model.n_params(), device), dtype, device)
     else:
-        model = Transformer.from_pretrained(os.path.join(out_dir, 'last') if resume else init_from, device)
-    model.grad_checkpointing = grad_checkpointing
-    optimizer = make_optimizer(model, lr, weight_decay)
-    state = load_state(os.path.join(out_dir, 'last'), optimizer) if resume else {'step': 0, 'best': None}
+        model = Transformer.from_pretrained(init_from, device, dtype if lora_rank else torch.float32, lora_rank=lora_rank,
+                                            lora_alpha=lora_alpha, shard=shard, product_dtype=dtype)
+    model.grad_checkpointing, state = grad_checkpointing, {'best': None}
 
     # 3. examples; what does not fit the context is left out, and said
     examples = text_examples(texts, tok) if text_file else solution_examples(problems, tok)
@@ -226,15 +253,17 @@ if __name__ == '__main__':
     if not fits or not val_examples:
         raise UserError(f'no example, or none of those held out, fits the context of {model.config.block_size} tokens')
     start_run(settings, resume, overwrite)
+    listen_for_stop()
     log = Log(out_dir, resume)
     n_steps = max_steps or math.ceil(epochs * len(fits) / batch_size)
     print(f'{model.n_params():,} parameters, vocabulary {tok.vocab_size}; {len(fits):,} examples with {n_learned(fits):,} learned tokens; '
           f'{n_steps} updates * {batch_size} = {n_steps * batch_size:,} examples, {n_steps * batch_size / max(1, len(fits)):.1f} epochs')
+    print(memory_needed([model], dtype, micro_tokens, max(len(e.ids) for e in fits), max_rows, max_new_tokens))
 
-    def validate(step, optimizer):
-        """Validation loss and maj@1; keeps last/ (with what resuming needs) and best/."""
+    def validate(step):
+        """Validation loss and maj@1; keeps best/."""
         val_loss = mean_loss(model, val_examples, micro_tokens, device, dtype)
-        sampler = Sampler(model, tok, max_rows, dtype)
+        sampler = Sampler(model.for_sampling(dtype), tok, max_rows, dtype)
         maj1 = evaluation.greedy_accuracy(sampler, val_problems, max_new_tokens)
         log(step, val_loss=val_loss, val_maj1=maj1)
         # A language model of plain texts is judged by its loss on the last of them. Ties go to the later step.
@@ -244,13 +273,12 @@ if __name__ == '__main__':
             model.save_pretrained(os.path.join(out_dir, 'best'), tok)
         if keep_epochs:
             model.save_pretrained(os.path.join(out_dir, f'epoch_{step * batch_size / len(fits):06.2f}'), tok)
-        state['step'] = step
-        save_state(os.path.join(out_dir, 'last'), model, tok, optimizer, state)
 
     # 4. train
     finetune(model, fits, epochs=epochs, max_steps=max_steps, batch_size=batch_size, micro_tokens=micro_tokens, lr=lr, min_lr=min_lr,
              warmup=warmup, weight_decay=weight_decay, grad_clip=grad_clip, seed=seed, dtype=dtype,
              compile=compile == 'on' or compile == 'auto' and device.type == 'cuda', log=log, evaluate=validate,
              eval_interval=max(1, round(keep_epochs * len(fits) / batch_size)) if keep_epochs else eval_interval,
-             optimizer=optimizer, start_step=state['step'])
-    print(f'best checkpoint: {out_dir}/best')
+             out_dir=out_dir, save_interval=save_interval, state=state, resume=resume)
+    model.save_pretrained(os.path.join(out_dir, 'last'), tok)
+    print(f'best checkpoint: {out_dir}/best, last: {out_dir}/last')

@@ -8,7 +8,8 @@ $ python sft.py config/demo_sft.py --lr=3e-4 --overwrite    # a recipe, a value,
 $ python sft.py --help                                      # every setting with its default and its comment
 
 A recipe is a Python file that assigns settings; names of its own begin with an underscore. A run's folder holds its
-settings in config.json (start_run) and its metrics in log.jsonl (Log).
+settings in config.json (start_run) and its metrics in log.jsonl (Log). Of the processes that torchrun starts, the one with RANK 0
+prints and writes.
 """
 import ast
 import difflib
@@ -18,6 +19,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -29,6 +31,7 @@ from tqdm import tqdm
 
 TYPES = {int: 'an int', float: 'a finite float', bool: 'a bool (write True or False)', str: 'a string',
          tuple: 'a tuple (write 1,2 or [1])', list: 'a list (write 1,2 or [1])'}
+RANK, SEVERAL = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)) > 1  # set by torchrun
 
 
 class UserError(ValueError):
@@ -44,7 +47,7 @@ def override(settings, argv=None):
     settings: the script's globals(). argv: recipes and flags, in order; with [] nothing is printed. UserError for what cannot
     be applied, before anything is changed. From here on the script ends with one line where such an error is not caught."""
     sys.excepthook = one_line
-    quiet, argv = argv == [], sys.argv[1:] if argv is None else list(argv)
+    quiet, argv = argv == [] or RANK > 0, sys.argv[1:] if argv is None else list(argv)
     source = b''
     if '__file__' in settings:
         with open(settings['__file__'], 'rb') as f:
@@ -172,27 +175,81 @@ def print_help(settings, lines, source):
 
 
 def one_line(kind, error, trace):
-    """sys.excepthook of the scripts: UserError and Ctrl-C end in one line, with exit codes 2 and 130; a bug in a traceback."""
+    """sys.excepthook of the scripts: UserError and Ctrl-C end in one line, with exit codes 2 and 130; a bug in a traceback.
+
+    Processes mostly fail for one reason: the first one says it, and torchrun ends the others while they wait. What goes wrong in
+    one of them alone is said by that one."""
+    if RANK > 0:
+        time.sleep(3)
     if issubclass(kind, BrokenPipeError):  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1)
     if issubclass(kind, UserError):
-        tqdm.write('error: ' + ' '.join(str(error).split()), file=sys.stderr)  # write: beside a bar that is still drawn
-        raise SystemExit(2)
+        who = f'error (process {RANK}): ' if RANK else 'error: '
+        tqdm.write(who + ' '.join(str(error).split()), file=sys.stderr)  # write: beside a bar that is still drawn
+        sys.stderr.flush()
+        os._exit(2) if SEVERAL else sys.exit(2)
     if issubclass(kind, KeyboardInterrupt):
         tqdm.write('stopped by Ctrl-C: what was written so far is kept', file=sys.stderr)
         raise SystemExit(130)
     sys.__excepthook__(kind, error, trace)
+    if SEVERAL:
+        os._exit(1)  # see model.setup
+
+
+# -----------------------------------------------------------------------------
+# stopping
+
+stop_asked_at = None  # when the first signal came
+
+
+def listen_for_stop():
+    """From now on SIGINT (Ctrl-C) and SIGTERM ask for a stop after the step at hand: see model.asked_to_stop. A second Ctrl-C stops
+    at once. (Not a second signal of any kind: torchrun answers a Ctrl-C by a SIGTERM to its processes, which had it already.)"""
+    def ask(number, frame):
+        global stop_asked_at
+        if stop_asked_at is None:
+            stop_asked_at = time.time()
+            if RANK == 0:
+                tqdm.write(f'{signal.Signals(number).name}: stops when this step is done (Ctrl-C again: at once)', file=sys.stderr)
+        elif number == signal.SIGINT and time.time() - stop_asked_at > 1:
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+
+
+def stop_asked():
+    """Whether a signal has asked this process to stop; model.asked_to_stop asks for all of them."""
+    return stop_asked_at is not None
+
+
+def leave(what='', resume='--init_from=resume'):
+    """Ends the script with exit code 0 and a line on how to go on. what: where it stands; resume: the flag that does it, if any."""
+    command = shlex.join(sys.argv + ([resume] if resume and resume not in sys.argv else []))
+    if RANK == 0:
+        tqdm.write(f'stopped{what}; to go on: python {command}', file=sys.stderr)
+    raise SystemExit(0)
 
 
 # -----------------------------------------------------------------------------
 # a run's folder
+
+def resuming(init_from, out_dir):
+    """Whether to go on with the run in out_dir: asked for by init_from = 'resume', or since torchrun (--max-restarts) has started this
+    again after a failure. UserError where there is no run to go on with."""
+    if init_from == 'resume' and not read_run(out_dir):
+        raise UserError(f'{out_dir}: there is no run to resume')
+    return init_from == 'resume' or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and bool(read_run(out_dir))
+
 
 def start_run(settings, resume=False, overwrite=False):
     """Creates settings['out_dir'] and writes config.json there: the settings, and as "_commands" the command lines that ran.
 
     resume goes on with the run of that folder (it keeps its first init_from), and wins over overwrite, which removes it.
     UserError where the folder holds anything else, or a run without either being asked for."""
+    if RANK > 0:
+        return
     out_dir = settings['out_dir']
     config = json.loads(json.dumps(settings)) | {'_commands': [shlex.join(sys.argv)]}  # as it will be read: tuples are lists
     try:
@@ -205,7 +262,7 @@ def start_run(settings, resume=False, overwrite=False):
         if found and not (resume or overwrite):
             raise UserError(f'{out_dir} holds another run; --init_from=resume goes on with it, --overwrite replaces it')
         if resume:
-            harmless = ('init_from', 'out_dir', 'overwrite', 'device', '_commands')
+            harmless = ('init_from', 'out_dir', 'overwrite', 'device', 'shard', '_commands')
             changed = [f'{key} {before.get(key)!r} -> {value!r}' for key, value in config.items()
                        if key not in harmless and (key not in before or before[key] != value)]
             if changed:
@@ -248,6 +305,13 @@ def read_rows(path):
         raise UserError(f'{path}: a line is not JSON ({error}); start with --overwrite') from None
 
 
+def write_rows(path, rows):
+    """Replaces a .jsonl file in one go: at every moment the old one or the new one is there."""
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        f.writelines(json.dumps(row) + '\n' for row in rows)
+    os.replace(path + '.tmp', path)
+
+
 def remove_run(out_dir, found, settings):
     """Empties a run's folder; UserError if it holds another run, what a setting names, or the current folder."""
     root = os.path.realpath(out_dir)
@@ -271,6 +335,8 @@ class Log:
     there is, less a last line that a crash tore; updates that are done again after it stand in it again, and the later count."""
 
     def __init__(self, out_dir, resume=False):
+        if RANK > 0:
+            return
         self.path, elapsed = os.path.join(out_dir, 'log.jsonl'), 0.0
         with open(self.path, 'ab+' if resume else 'wb') as f:
             if resume:
@@ -283,6 +349,8 @@ class Log:
 
     def __call__(self, step, **metrics):
         """step: an int; metrics: plain values, or scalars of numpy and torch. What is not finite is null in the file."""
+        if RANK > 0:
+            return
         row = {'step': step, 'time': round(time.time() - self.start, 3)} | metrics
         row = {name: value.item() if hasattr(value, 'item') else value for name, value in row.items()}
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
@@ -301,4 +369,4 @@ def shown(value):
 
 def bar(iterable=None, desc=None, total=None):
     """A tqdm bar on stderr, gone when it is done; silent where stderr is no terminal."""
-    return tqdm(iterable, desc=desc, total=total, disable=None, leave=False)
+    return tqdm(iterable, desc=desc, total=total, disable=True if RANK else None, leave=False)

@@ -9,8 +9,8 @@ from conftest import GPT2, loud, real_data, tiny_config
 from safetensors.torch import load_file, save_file
 
 from config import UserError
-from model import (KVCache, ModelConfig, Transformer, config_from_hf, config_to_hf, fast_cpu_matmul, load_state, make_optimizer,
-                   save_state, setup)
+from model import (Checkpoints, KVCache, ModelConfig, Transformer, activation_bytes, autocast, config_from_hf, config_to_hf, fast_cpu_matmul,
+                   make_optimizer, setup)
 
 V = 130
 LLAMA = dict(vocab_size=V, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
@@ -263,16 +263,18 @@ def test_optimizer_state_round_trip_is_exact(tmp_path, bpe):
     model = loud(Transformer(tiny_config(bpe.vocab_size)))
     optimizer = make_optimizer(model, 1e-2, 0.1)
     step(model, optimizer)
-    save_state(str(tmp_path / 'last'), model, bpe, optimizer, {'step': 1, 'best': None})
-    again = Transformer.from_pretrained(str(tmp_path / 'last'))
+    Checkpoints(str(tmp_path)).save(1, {'model': model}, optimizer, {'step': 1, 'best': None})
+    again = Transformer(model.config)
     optimizer2 = make_optimizer(again, 1e-2, 0.1)
-    assert load_state(str(tmp_path / 'last'), optimizer2) == {'step': 1, 'best': None}
+    assert Checkpoints(str(tmp_path)).load({'model': again}, optimizer2) == {'step': 1, 'best': None}
     for _ in range(2):
         step(model, optimizer)
         step(again, optimizer2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
-    with pytest.raises(UserError, match='nothing to resume from'):
-        load_state(str(tmp_path), optimizer2)
+    assert Checkpoints(str(tmp_path / 'elsewhere')).load({'model': again}, optimizer2) is None
+    small = Transformer(tiny_config(bpe.vocab_size, n_layer=1))
+    with pytest.raises(UserError, match='of another model'):
+        Checkpoints(str(tmp_path)).load({'model': small}, make_optimizer(small, 1e-2, 0.1))
 
 
 def test_weight_decay_is_for_matrices():

@@ -345,7 +345,7 @@ def test_the_result_does_not_depend_on_the_micro_batches(script, coin, tmp_path)
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(script, coin, tmp_path):
-    flags = ['--n_iterations=6', '--eval_interval=2', '--critic=separate', '--replay=0.3', '--kl_target=2.0']
+    flags = ['--n_iterations=6', '--eval_interval=2', '--save_interval=2', '--critic=separate', '--replay=0.3', '--kl_target=2.0']
     run_ppo(script, coin, tmp_path / 'whole', *flags)
     command = [sys.executable, 'ppo.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--out_dir={tmp_path}/parts', *RUN, *flags]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)

@@ -407,9 +407,9 @@ def test_stopped_anywhere_it_ends_the_same(learned, script, coin, tmp_path):
 
 def test_stopped_while_it_learns_it_ends_the_same(learned, script, coin, tmp_path, monkeypatch):
     killed = tmp_path / 'killed.py'
-    killed.write_text('import os, runpy, sys\nimport model\nsave = model.save_state\ncount = []\n'
+    killed.write_text('import os, runpy, sys\nimport model\nsave = model.Checkpoints.save\ncount = []\n'
                       'def save_once(*a):\n    if count: os._exit(9)\n    count.append(save(*a))\n'
-                      'model.save_state = save_once\nsys.argv = ["rcrl.py"] + sys.argv[1:]\nrunpy.run_path("rcrl.py", run_name="__main__")\n')
+                      'model.Checkpoints.save = save_once\nsys.argv = ["rcrl.py"] + sys.argv[1:]\nrunpy.run_path("rcrl.py", run_name="__main__")\n')
     monkeypatch.setenv('PYTHONPATH', '.')
     flags = [f'--task={coin}/task', f'--base={coin}/policy', f'--out_dir={tmp_path}/run', *RUN]
     script(str(killed), *flags, f'--init_from={coin}/policy', code=9)

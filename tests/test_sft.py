@@ -8,11 +8,12 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from conftest import loud, tiny_config
 
 import rewards
+import sft
 from config import UserError
-from model import Transformer
+from model import Transformer, learning_rate
 from rewards import Problem
-from sample import Sampler
-from sft import Example, finetune, learning_rate, load_texts, loss_sum, mean_loss, micro_batches, n_learned, solution_examples, text_examples
+from sample import Example, Sampler, micro_batches
+from sft import finetune, load_texts, loss_sum, mean_loss, n_learned, solution_examples, text_examples
 
 
 def new_model(bpe, seed=0):
@@ -77,12 +78,12 @@ def test_the_loss_is_a_mean_over_tokens_not_over_micro_batches(bpe, examples):
     assert mean_loss(model, examples, 100, torch.device('cpu'), torch.float32) == pytest.approx(logged[0], rel=1e-5)
 
 
-def test_gradients_are_clipped_on_the_global_norm(bpe, examples):
+def test_gradients_are_clipped_on_the_global_norm(bpe, examples, monkeypatch):
     """With SGD's step in place of Adam's, the distance walked is lr * clip."""
     model = new_model(bpe)
     before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-    finetune(model, examples, max_steps=1, batch_size=8, lr=0.1, warmup=0.0, grad_clip=0.5, micro_tokens=60,
-             optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    monkeypatch.setattr(sft, 'make_optimizer', lambda model, lr, decay: torch.optim.SGD(model.parameters(), lr=lr))
+    finetune(model, examples, max_steps=1, batch_size=8, lr=0.1, warmup=0.0, grad_clip=0.5, micro_tokens=60)
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert (after - before).norm().item() == pytest.approx(0.1 * 0.5, rel=1e-3)
 
@@ -155,9 +156,9 @@ def test_resume_equals_uninterrupted(script, task, tmp_path, monkeypatch):
     script('sft.py', task, *TINY, f'--out_dir={tmp_path}/whole')
     # The same run, killed at its second validation: what is on disk is the first one's state.
     killed = tmp_path / 'killed.py'
-    killed.write_text('import os, runpy, sys\nimport model\nsave = model.save_state\ncount = []\n'
+    killed.write_text('import os, runpy, sys\nimport model\nsave = model.Checkpoints.save\ncount = []\n'
                       'def save_once(*a):\n    if count: os._exit(9)\n    count.append(save(*a))\n'
-                      'model.save_state = save_once\nsys.argv = ["sft.py"] + sys.argv[1:]\nrunpy.run_path("sft.py", run_name="__main__")\n')
+                      'model.Checkpoints.save = save_once\nsys.argv = ["sft.py"] + sys.argv[1:]\nrunpy.run_path("sft.py", run_name="__main__")\n')
     monkeypatch.setenv('PYTHONPATH', '.')
     script(str(killed), task, *TINY, f'--out_dir={tmp_path}/parts', code=9)
     script('sft.py', task, *TINY, f'--out_dir={tmp_path}/parts', '--init_from=resume')

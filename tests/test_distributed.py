@@ -1,0 +1,196 @@
+"""Several processes: torchrun on the CPU with gloo runs the path that GPUs run with NCCL. One process is the oracle."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT, tiny_config
+from model import Transformer
+
+ONE = [sys.executable]
+TINY = ['--max_new_tokens=40', '--eval_problems=10', '--device=cpu', '--micro_tokens=512', '--max_rows=16']
+
+
+def several(n):
+    return [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
+
+
+def start(launcher, script, *flags):
+    done = subprocess.run([*launcher, script, *TINY, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f'{script} {flags} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}'
+    return done
+
+
+def log_of(folder, key):
+    return [row for row in map(json.loads, open(os.path.join(folder, 'log.jsonl'))) if key in row]
+
+
+def assert_close(a, b, keys, rel=1e-5):
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b):
+        for key in keys:
+            assert x[key] == pytest.approx(y[key], rel=rel, abs=1e-6), (key, x['step'])
+
+
+def assert_same_weights(a, b, tolerance=0.0):
+    a, b = (load_file(os.path.join(folder, 'model.safetensors')) for folder in (a, b))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= tolerance, name
+
+
+SFT = ['--batch_size=7', '--max_steps=5', '--eval_interval=3', '--lr=1e-3', '--n_worked=20']  # 7: no multiple of the processes
+
+
+@pytest.fixture(scope='module')
+def sft(coin, tmp_path_factory):
+    """Five updates in one process."""
+    out = tmp_path_factory.mktemp('sft') / 'one'
+    start(ONE, 'sft.py', f'--task={coin}/task', f'--init_from={coin}/policy', *SFT, f'--out_dir={out}')
+    return out
+
+
+@pytest.mark.parametrize('n, flags', [(2, ['--shard=ddp']), (2, ['--shard=fsdp']), (3, ['--shard=fsdp', '--grad_checkpointing', '--micro_tokens=64'])])
+def test_sft_is_the_same_on_several_processes(sft, coin, tmp_path, n, flags):
+    done = start(several(n), 'sft.py', f'--task={coin}/task', f'--init_from={coin}/policy', *SFT, f'--out_dir={tmp_path}/run', *flags)
+    assert_close(log_of(sft, 'loss'), log_of(tmp_path / 'run', 'loss'), ['loss', 'grad_norm', 'lr'])
+    assert_close(log_of(sft, 'val_loss'), log_of(tmp_path / 'run', 'val_loss'), ['val_loss', 'val_maj1'])
+    assert_same_weights(sft / 'last', tmp_path / 'run' / 'last', 1e-5)
+    assert done.stdout.count('best checkpoint') == 1  # one process speaks
+
+
+def test_any_number_of_processes_goes_on_from_a_state(sft, coin, tmp_path):
+    flags = [f'--task={coin}/task', f'--init_from={coin}/policy', *SFT, f'--out_dir={tmp_path}/run']
+    start(several(3), 'sft.py', *flags, '--shard=fsdp', '--max_steps=3')
+    states = sorted(os.listdir(tmp_path / 'run' / 'state'))
+    assert states == ['00000003'] and sum(name.endswith('.safetensors') for name in os.listdir(tmp_path / 'run' / 'state' / states[0])) == 3
+    for n, last in ((2, 4), (1, 5)):
+        start(several(n) if n > 1 else ONE, 'sft.py', *flags, '--init_from=resume', f'--max_steps={last}', '--shard=fsdp')
+    rows = {row['step']: row for row in log_of(tmp_path / 'run', 'loss')}
+    # the rate depends on max_steps, so that the losses agree up to the update after the first stop
+    assert [rows[step]['loss'] for step in (1, 2)] == pytest.approx([row['loss'] for row in log_of(sft, 'loss')[:2]], rel=1e-5)
+    assert sorted(rows) == [1, 2, 3, 4, 5]
+    whole = start(ONE, 'sft.py', *flags[:-1], f'--out_dir={tmp_path}/parts', '--max_steps=3')
+    for last in (4, 5):
+        whole = start(ONE, 'sft.py', *flags[:-1], f'--out_dir={tmp_path}/parts', '--init_from=resume', f'--max_steps={last}')
+    assert 'resumed with other settings' in whole.stdout
+    assert_same_weights(tmp_path / 'parts' / 'last', tmp_path / 'run' / 'last', 1e-5)
+
+
+PPO = ['--n_rollouts=20', '--minibatch=20', '--epochs=1', '--n_iterations=5', '--lr=1e-3', '--critic_lr=1e-3', '--temperature=1.0', '--show=0',
+       '--eval_interval=5', '--n_questions=40']
+PPO_KEYS = ['policy_loss', 'grad_norm', 'share_correct', 'kl_k3', 'entropy', 'approx_kl', 'reward_kl', 'response_tokens']
+
+
+@pytest.mark.parametrize('flags, shards', [(['--value_warmup=1'], ['ddp', 'fsdp']), (['--critic=separate', '--replay=0.2'], ['fsdp']),
+                                           (['--advantage=group', '--lora_rank=4', '--epochs=2'], ['ddp', 'fsdp'])],
+                         ids=['shared critic', 'separate critic', 'LoRA'])
+def test_ppo_is_the_same_on_several_processes(coin, tmp_path, flags, shards):
+    common = [f'--task={coin}/task', f'--init_from={coin}/policy', *PPO, *flags]
+    start(ONE, 'ppo.py', *common, f'--out_dir={tmp_path}/one')
+    one = log_of(tmp_path / 'one', 'share_correct')
+    assert all(row['grad_norm'] > 0 for row in one)
+    for shard in shards:
+        start(several(2), 'ppo.py', *common, f'--out_dir={tmp_path}/{shard}', f'--shard={shard}')
+        keys = PPO_KEYS + (['value_loss', 'explained_variance'] if 'lora' not in str(flags) else [])
+        # the first five updates; Adam divides a first gradient by its own size, so that its rounding errors come back larger
+        assert_close(one, log_of(tmp_path / shard, 'share_correct'), keys, rel=2e-4)
+        assert_close(one[:1], log_of(tmp_path / shard, 'share_correct')[:1], keys, rel=1e-5)
+        samples = [[{k: v for k, v in json.loads(line).items() if k != 'kl'} for line in open(tmp_path / run / 'samples.jsonl')] for run in ('one', shard)]
+        assert [s['text'] for s in samples[0]] == [s['text'] for s in samples[1]] and len(samples[0]) == 100
+        assert_same_weights(tmp_path / 'one' / 'last', tmp_path / shard / 'last', 2e-4)
+
+
+def test_ei_and_eval_give_the_same_records_on_several_processes(coin, tmp_path):
+    ei = [f'--task={coin}/task', f'--init_from={coin}/policy', f'--base={coin}/policy', '--n_questions=21', '--n_worked=7', '--k=3', '--n_rounds=2',
+          '--max_steps=3', '--batch_size=8', '--lr=1e-3']
+    evaluate = ['eval.py', f'--task={coin}/task', f'--init_from={coin}/policy', '--split=val', '--n_problems=23', '--k=3', '--max_new_tokens=40', '--max_rows=16',
+                '--device=cpu']
+
+    def records(folder):
+        return (folder / 'samples_round1.jsonl').read_text(), (folder / 'eval_task.jsonl').read_text()
+    for n in (1, 2, 3):
+        launcher = several(n) if n > 1 else ONE
+        start(launcher, 'ei.py', *ei, f'--out_dir={tmp_path}/{n}')
+        done = subprocess.run([*launcher, *evaluate, f'--out_dir={tmp_path}/{n}'], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.count('| run |') == 1, done.stderr
+        assert records(tmp_path / str(n)) == records(tmp_path / '1')
+        assert_same_weights(tmp_path / str(n) / 'round1', tmp_path / '1' / 'round1', 1e-5)
+    greedy = [json.loads(line)['greedy'] for line in records(tmp_path / '1')[1].splitlines()[1:]]
+    assert len(greedy) == 23
+
+
+def test_rcrl_and_reward_models_on_two_processes(coin, tmp_path):
+    rcrl = [f'--task={coin}/task', f'--init_from={coin}/policy', f'--base={coin}/policy', '--n_questions=9', '--n_worked=5', '--k=3', '--rollouts=3',
+            '--max_steps=4', '--batch_size=8', '--lr=1e-3', '--right_share=0']
+    prm = [f'--task={coin}/task', f'--init_from={coin}/policy', '--kind=prm', '--n_questions=9', '--k=3', '--rollouts=2', '--heldout=6', '--batch_size=8',
+           '--lr=1e-3', '--epochs=2']
+    for launcher, name in ((ONE, 'one'), (several(2), 'two')):
+        start(launcher, 'rcrl.py', *rcrl, f'--out_dir={tmp_path}/rcrl_{name}', '--shard=fsdp')
+        flags = [flag for flag in TINY if 'eval_problems' not in flag]
+        done = subprocess.run([*launcher, 'rewards.py', *flags, *prm, f'--out_dir={tmp_path}/prm_{name}', '--shard=fsdp'], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    for kind, files in (('rcrl', ['samples.jsonl', 'labels.jsonl']), ('prm', ['samples_train.jsonl', 'labels_train.jsonl', 'labels_val.jsonl'])):
+        for file in files:
+            assert (tmp_path / f'{kind}_one' / file).read_text() == (tmp_path / f'{kind}_two' / file).read_text(), file
+        assert_same_weights(tmp_path / f'{kind}_one' / 'best', tmp_path / f'{kind}_two' / 'best', 1e-5)
+    one, two = (log_of(tmp_path / f'prm_{n}', 'heldout_auroc')[-1] for n in ('one', 'two'))
+    assert one['calibration_error'] == pytest.approx(two['calibration_error'], rel=1e-4)
+
+
+def test_a_process_that_dies_ends_the_job(coin, tmp_path):
+    command = [*several(2), 'ppo.py', *TINY, f'--task={coin}/task', f'--init_from={coin}/policy', *PPO, '--n_iterations=1000', f'--out_dir={tmp_path}/run']
+    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log, deadline = tmp_path / 'run' / 'log.jsonl', time.time() + 120
+    while not (log.exists() and log.read_text().count('share_correct') >= 2) and time.time() < deadline:
+        time.sleep(0.1)
+    workers = subprocess.run(['pgrep', '-P', str(job.pid)], capture_output=True, text=True).stdout.split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    killed = time.time()
+    _, said = job.communicate(timeout=60)
+    assert job.returncode != 0 and time.time() - killed < 60
+    assert 'Signal 9 (SIGKILL)' in said
+
+
+def test_a_mistake_is_said_once(coin, tmp_path):
+    done = subprocess.run([*several(2), 'sft.py', *TINY, '--task=nowhere', f'--out_dir={tmp_path}/run'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and sum(line.startswith('error') for line in done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_fsdp_holds_a_part_and_gives_back_the_whole(tmp_path, bpe):
+    """What a process of two holds of a model whose rows do not divide evenly; loading, gathering and writing it back change nothing."""
+    torch.manual_seed(0)
+    for family in ('tied', 'untied'):
+        model = Transformer(tiny_config(bpe.vocab_size, tied=family == 'tied')).init_weights()
+        model.add_value_head().save_pretrained(str(tmp_path / family), bpe)
+    worker = tmp_path / 'worker.py'
+    worker.write_text('''
+import sys
+import torch
+from model import Transformer, rank, setup
+device, _ = setup('cpu')
+for name in ('tied', 'untied'):
+    whole = Transformer.from_pretrained(f'{sys.argv[1]}/{name}')
+    part = Transformer.from_pretrained(f'{sys.argv[1]}/{name}', shard='fsdp', lora_rank=2)
+    held = sum(p.to_local().numel() for p in part.parameters())
+    assert 0.4 < held / sum(p.numel() for p in part.parameters()) < 0.6
+    copy = part.for_sampling(torch.float32)
+    weights = dict(whole.named_parameters())
+    for key, p in copy.named_parameters():
+        assert torch.equal(p, weights[key]), key
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(part.run(lambda model, ids: model(ids), ids), whole(ids))
+    part.save_pretrained(f'{sys.argv[1]}/{name}_again')
+''')
+    done = subprocess.run([*several(2), str(worker), str(tmp_path)], cwd=ROOT, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': ROOT})
+    assert done.returncode == 0, done.stderr
+    for family in ('tied', 'untied'):
+        assert_same_weights(tmp_path / family, tmp_path / f'{family}_again')
+        assert (tmp_path / family / 'value_head.safetensors').read_bytes() == (tmp_path / f'{family}_again' / 'value_head.safetensors').read_bytes()
