@@ -614,7 +614,7 @@ def answer(sampler, prompts, k, max_new_tokens, temperature, first=None, **argum
     fits = [len(p) + len(sampler.label) + budget <= sampler.model.config.block_size for p, budget in zip(prompts, budgets)]
     which = [i for i, fit in enumerate(fits) if fit]
     mine = which[rank()::world_size()]
-    with enough_memory(f'sampling {sampler.max_rows} rows at a time', 'lower max_rows'):
+    with enough_memory('sampling', 'lower max_rows'):
         drawn = sampler.generate([prompts[i] for i in mine], k, [budgets[i] for i in mine], temperature, first=[first[i] for i in mine],
                                  **arguments)
     samples = [Sample(p, [], [], False) for p in prompts for _ in range(k)]

@@ -76,7 +76,7 @@ def test_explore_shows_the_examples_and_learns_without_them(bpe, tmp_path):
         tokenizer, max_rows, label = bpe, 4, []
         model = type('M', (), {'config': type('C', (), {'block_size': 1000})})
 
-        def generate(self, given, k, budgets, temperature, stop, seed):
+        def generate(self, given, k, budgets, temperature, stop, seed, first=None):
             prompts.extend(bpe.decode(p) for p in given)
             assert stop == (NEXT_QUESTION,)
             return [Sample(p, bpe.encode(text), [], True) for p in given for _ in range(k)]

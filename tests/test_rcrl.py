@@ -51,7 +51,7 @@ class Known:
         self.tokenizer, self.asked = tokenizer, Counter()
         self.model = SimpleNamespace(config=SimpleNamespace(block_size=1000))
 
-    def generate(self, prompts, k, max_new_tokens, temperature, seed):
+    def generate(self, prompts, k, max_new_tokens, temperature, seed, first=None):
         samples = []
         for p in prompts:
             line = self.tokenizer.decode(p).strip().split('\n')[-1].split()[-1]

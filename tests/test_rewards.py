@@ -424,7 +424,7 @@ class OneInFour:
         self.tokenizer, self.asked, self.label = tokenizer, Counter(), []
         self.model = SimpleNamespace(config=SimpleNamespace(block_size=1000))
 
-    def generate(self, prompts, k, max_new_tokens, temperature, seed):
+    def generate(self, prompts, k, max_new_tokens, temperature, seed, first=None):
         samples = []
         for p in prompts:
             text = self.tokenizer.decode(p)

@@ -1,0 +1,277 @@
+"""Bad days: a state that is torn, a disk that is full, a signal, a kill, a number that is none. And adapters, which are checked first:
+what they are merged into is what a run leaves behind."""
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import GPT2, ROOT, loud, tiny_config
+from config import UserError
+from fault_campaign import start_and_kill
+from model import Checkpoints, Transformer, activation_bytes, autocast, bit_sum, make_optimizer
+from sample import Example
+from sft import finetune, loss_sum
+
+
+def adapted(bpe, family='llama', r=3):
+    """A model whose adapters have learned something, and what it was before."""
+    model = loud(Transformer(tiny_config(bpe.vocab_size, **(GPT2 if family == 'gpt2' else {}))))
+    ids = torch.arange(20)[None]
+    before = model(ids).detach()
+    model.add_lora(r)
+    assert torch.equal(model(ids), before)  # B is zero
+    for name, p in model.named_parameters():
+        if name.endswith('lora_b'):
+            torch.nn.init.normal_(p, std=0.1)
+    return model, ids, before
+
+
+# -----------------------------------------------------------------------------
+# LoRA
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2'])
+def test_merged_adapters_compute_the_same(bpe, tmp_path, family):
+    model, ids, before = adapted(bpe, family)
+    assert (model(ids) - before).abs().max() > 0.1
+    model.save_pretrained(str(tmp_path / 'merged'), bpe)
+    for merged in (model.for_sampling(torch.float32), Transformer.from_pretrained(str(tmp_path / 'merged'))):
+        assert not any(name.endswith(('lora_a', 'lora_b')) for name, _ in merged.named_parameters())
+        torch.testing.assert_close(merged(ids), model(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_the_reference_is_the_model_without_its_adapter(bpe):
+    model, ids, before = adapted(bpe)
+    with model.without_adapter():
+        assert torch.equal(model(ids), before)
+    assert not torch.equal(model(ids), before)
+
+
+def test_only_adapters_and_the_value_head_learn(bpe, tmp_path):
+    loud(Transformer(tiny_config(bpe.vocab_size))).save_pretrained(str(tmp_path / 'base'), bpe)
+    model = Transformer.from_pretrained(str(tmp_path / 'base'), lora_rank=2, value_head=True)
+    learns = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learns == {name for name, _ in model.named_parameters() if 'lora' in name or 'value_head' in name}
+    assert len(learns) == 2 * 4 * 2 + 2  # layers * matrices * (A, B), and the head
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    finetune(model, [Example(list(range(12)), 4)] * 4, max_steps=3, batch_size=2, lr=1e-2)
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in frozen.items())
+    assert all(model.get_parameter(name).abs().sum() > 0 for name in learns if name.endswith('lora_b'))
+    again = Transformer.from_pretrained(str(tmp_path / 'base'), lora_rank=2)  # A is random, and the same each time
+    first = Transformer.from_pretrained(str(tmp_path / 'base'), lora_rank=2)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), first.parameters()))
+    with pytest.raises(UserError, match='lora_rank'):
+        Transformer.from_pretrained(str(tmp_path / 'base'), lora_rank=-1)
+
+
+# -----------------------------------------------------------------------------
+# states
+
+@pytest.fixture
+def trained(bpe, tmp_path):
+    """A model after three updates, with a state of each; the oldest is gone."""
+    model = loud(Transformer(tiny_config(bpe.vocab_size)))
+    optimizer, checkpoints = make_optimizer(model, 1e-2, 0.1), Checkpoints(str(tmp_path))
+    for step in (1, 2, 3):
+        model(torch.arange(12)[None]).logsumexp(-1).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        checkpoints.save(step, {'model': model}, optimizer, {'step': step, 'bits': bit_sum(model)})
+    return model, checkpoints
+
+
+def load(model, checkpoints):
+    fresh = Transformer(model.config)
+    return fresh, checkpoints.load({'model': fresh}, make_optimizer(fresh, 1e-2, 0.1))
+
+
+def test_the_last_two_states_are_kept(trained, tmp_path):
+    model, checkpoints = trained
+    assert sorted(os.listdir(tmp_path / 'state')) == ['00000002', '00000003']
+    fresh, state = load(model, checkpoints)
+    assert state['step'] == 3 and bit_sum(fresh) == bit_sum(model) == state['bits']
+
+
+@pytest.mark.parametrize('file', ['shard', 'state.json', 'sha256.json'])
+@pytest.mark.parametrize('harm', ['flip', 'tear', 'remove'])
+def test_a_broken_state_is_named_and_the_one_before_is_taken(trained, capsys, file, harm):
+    model, checkpoints = trained
+    newest = os.path.join(checkpoints.folder, '00000003')
+    path = os.path.join(newest, next(name for name in os.listdir(newest) if name.startswith(file)))
+    content = open(path, 'rb').read()
+    if harm == 'remove':
+        os.remove(path)
+    else:
+        middle = len(content) // 2
+        with open(path, 'wb') as f:
+            f.write(content[:middle] if harm == 'tear' else content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:])
+    fresh, state = load(model, checkpoints)
+    assert state['step'] == 2 and bit_sum(fresh) == state['bits'] != bit_sum(model)
+    assert '00000003 is broken' in capsys.readouterr().out
+    shutil.rmtree(os.path.join(checkpoints.folder, '00000002'))
+    with pytest.raises(UserError, match='no state there is whole'):
+        load(model, checkpoints)
+
+
+def test_a_state_half_written_is_not_a_state(trained):
+    model, checkpoints = trained
+    shutil.copytree(os.path.join(checkpoints.folder, '00000003'), os.path.join(checkpoints.folder, '00000004.tmp'))
+    assert load(model, checkpoints)[1]['step'] == 3
+
+
+def test_an_export_killed_between_its_renamings_is_found(bpe, tmp_path):
+    model = loud(Transformer(tiny_config(bpe.vocab_size)))
+    model.save_pretrained(str(tmp_path / 'best'), bpe)
+    os.rename(tmp_path / 'best', tmp_path / 'best.old')
+    assert bit_sum(Transformer.from_pretrained(str(tmp_path))) == bit_sum(model)
+
+
+def test_a_full_disk_leaves_what_was_there(trained, tmp_path, bpe):
+    """A limit on a file's size stands for the disk: the system refuses the write in the same place."""
+    model, checkpoints = trained
+    model.save_pretrained(str(tmp_path / 'best'), bpe)
+    before = bit_sum(model)
+    optimizer = make_optimizer(model, 1e-2, 0.1)
+    with torch.no_grad():
+        model.embed.weight.add_(1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(UserError, match='the state was not written.*those before it are whole: 00000002, 00000003'):
+            checkpoints.save(4, {'model': model}, optimizer, {'step': 4})
+        with pytest.raises(UserError, match='not written'):
+            model.save_pretrained(str(tmp_path / 'best'), bpe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load(model, checkpoints)[1]['step'] == 3 and sorted(os.listdir(tmp_path / 'state')) == ['00000002', '00000003']
+    assert bit_sum(Transformer.from_pretrained(str(tmp_path / 'best'))) == before
+
+
+def test_states_and_exports_hold_no_code(trained, tmp_path, bpe):
+    """safetensors and JSON alone: nothing there is unpickled."""
+    model, checkpoints = trained
+    model.add_value_head().save_pretrained(str(tmp_path / 'best'), bpe)
+    for folder in (os.path.join(checkpoints.folder, '00000003'), tmp_path / 'best'):
+        assert all(name.endswith(('.safetensors', '.json')) for name in os.listdir(folder))
+
+
+def test_no_script_runs_what_a_file_or_a_model_says():
+    import re
+    for name in ('model.py', 'sample.py', 'rewards.py', 'eval.py', 'sft.py', 'ei.py', 'ppo.py', 'rcrl.py'):
+        source = open(os.path.join(ROOT, name)).read()
+        assert not re.search(r'(?<![\w.])(eval|exec|compile)\(|pickle|trust_remote_code\s*=\s*True', source), name
+        assert all('weights_only=True' in line for line in source.splitlines() if 'torch.load(' in line), name
+
+
+# -----------------------------------------------------------------------------
+# memory
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_activations_take_what_the_formula_says(family, dtype):
+    """Against the storages that autograd really keeps for backward."""
+    shape = dict(n_layer=3, n_embd=256, n_head=4, n_kv_head=4, head_dim=64, n_inner=704, block_size=512)
+    model = Transformer(tiny_config(512, **(shape | (GPT2 if family == 'gpt2' else {})))).init_weights()
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    rows = [Example(list(range(129)), 1) for _ in range(16)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(torch.device('cpu'), dtype):
+        loss_sum(model, rows)
+    expected = activation_bytes(model.config, 16 * 128, 128, dtype, False, torch.device('cpu'))
+    assert 0.8 < sum(kept.values()) / expected < 1.25
+
+
+# -----------------------------------------------------------------------------
+# runs
+
+RUN = ['--max_new_tokens=40', '--eval_problems=8', '--device=cpu']
+
+
+def command(name, coin, out):
+    common = [f'--task={coin}/task', f'--init_from={coin}/policy', f'--out_dir={out}', *RUN]
+    return [sys.executable] + {
+        'sft': ['sft.py', *common, '--batch_size=8', '--max_steps=12', '--eval_interval=6', '--save_interval=2', '--lr=1e-3'],
+        'ei': ['ei.py', *common, f'--base={coin}/policy', '--n_questions=40', '--k=4', '--n_rounds=2', '--max_steps=8', '--batch_size=8', '--lr=1e-3',
+               '--save_interval=2', '--max_rows=16'],
+        'ppo': ['ppo.py', *common, '--n_rollouts=32', '--minibatch=16', '--epochs=2', '--n_iterations=5', '--eval_interval=3', '--save_interval=2',
+                '--show=0', '--lr=1e-3'],
+        'rcrl': ['rcrl.py', *common, f'--base={coin}/policy', '--n_questions=24', '--n_worked=5', '--k=3', '--rollouts=3', '--max_steps=8',
+                 '--eval_interval=4', '--batch_size=8', '--lr=1e-3', '--right_share=0', '--max_rows=16', '--save_interval=2'],
+        'rewards': ['rewards.py', *[c for c in common if 'eval_problems' not in c], '--kind=prm', '--n_questions=16', '--k=3', '--rollouts=2', '--heldout=6',
+                    '--batch_size=8', '--lr=1e-3', '--epochs=2', '--max_rows=16', '--save_interval=2'],
+    }[name]
+
+
+@pytest.fixture(scope='module', params=['sft', 'ei', 'ppo', 'rcrl', 'rewards'])
+def whole(request, coin, tmp_path_factory):
+    """(a script, the command for a folder, what an undisturbed run leaves there)"""
+    out = tmp_path_factory.mktemp(request.param) / 'whole'
+    done = subprocess.run(command(request.param, coin, out), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return request.param, lambda out: command(request.param, coin, out), out
+
+
+def assert_same_run(a, b):
+    """The same weights to the bit, and the same samples."""
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(a) for name in names
+             if name == 'model.safetensors' or name.startswith(('samples', 'labels')) and name.endswith('.jsonl')]
+    assert len(files) >= 2
+    for path in files:
+        other = os.path.join(b, os.path.relpath(path, a))
+        assert open(path, 'rb').read() == open(other, 'rb').read(), other
+
+
+def test_killed_at_random_moments_it_ends_the_same(whole, tmp_path):
+    """The short form of fault_campaign.py: three kills a script, without warning, whatever it is doing."""
+    name, command_for, out = whole
+    start_and_kill(command_for(tmp_path / 'run'), str(tmp_path / 'run'), kills=3, longest=4.0, seed=name)
+    assert_same_run(out, tmp_path / 'run')
+
+
+def test_a_signal_ends_the_step_and_says_how_to_go_on(whole, tmp_path):
+    name, command_for, out = whole
+    for number in (signal.SIGTERM, signal.SIGINT):
+        run = tmp_path / number.name
+        process = subprocess.Popen(command_for(run), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while not (run / 'log.jsonl').exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 0, said
+        if 'to go on' not in said:
+            continue  # it was done before the signal came
+        assert said.count('\n') == 2 and said.splitlines()[-1].startswith('stopped after') and '--init_from=resume' in said
+        resumed = said.splitlines()[-1].split('to go on: python ')[1].split()
+        done = subprocess.run([sys.executable, *resumed], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert_same_run(out, run)
+
+
+def test_what_is_no_number_stops_the_run_and_keeps_the_batch(coin, tmp_path):
+    done = subprocess.run([*command('sft', coin, tmp_path / 'run'), '--lr=1e30', '--warmup=0'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and 'bad_batch.json' in done.stderr and done.stderr.count('\n') == 1, done.stderr
+    batch = json.loads((tmp_path / 'run' / 'bad_batch.json').read_text())
+    assert len(batch['ids']) == 8 == len(batch['n_prompt']) and batch['step'] > 1
+
+
+def test_out_of_memory_says_which_knob(coin, tmp_path):
+    """With less address space than the batch takes."""
+    code = ('import resource, runpy, sys\nresource.setrlimit(resource.RLIMIT_AS, (int(sys.argv.pop(1)), -1))\n'
+            'sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name="__main__")\n')
+    flags = command('sft', coin, tmp_path / 'run')[1:] + ['--micro_tokens=10000000', '--batch_size=30000', '--max_steps=1']
+    done = subprocess.run([sys.executable, '-c', code, str(3 * 2 ** 30), *flags], cwd=ROOT, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': ROOT})
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert 'out of memory in update 1' in done.stderr and 'lower micro_tokens' in done.stderr and done.stderr.count('\n') == 1, done.stderr
