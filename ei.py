@@ -197,7 +197,8 @@ if __name__ == '__main__':
             policy = Transformer.from_pretrained(base if reset == 'base' else previous, device, dtype if lora_rank else torch.float32,
                                                  lora_rank=lora_rank, lora_alpha=lora_alpha, shard=shard, product_dtype=dtype)
             policy.grad_checkpointing, start, training_dir = grad_checkpointing, updates, os.path.join(out_dir, f'round{round}_training')
-            print(memory_needed([policy], dtype, micro_tokens, max(len(e.ids) for e in dataset), max_rows, max_new_tokens))
+            print(memory_needed([policy], dtype, micro_tokens, max(len(e.ids) for e in dataset), max_rows,
+                                max(e.n_prompt for e in dataset), max_new_tokens))
             updates += finetune(policy, dataset, epochs=epochs, max_steps=max_steps, batch_size=batch_size, micro_tokens=micro_tokens,
                                 lr=lr, min_lr=min_lr, warmup=warmup, weight_decay=weight_decay, grad_clip=grad_clip,
                                 seed=seed * 1000 + round, dtype=dtype,

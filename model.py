@@ -533,7 +533,7 @@ class Transformer(nn.Module):
                 model.add_value_head()
             if lora_rank:
                 model.add_lora(lora_rank, lora_alpha)
-        model.distribute(sharding(shard, model.n_params(), torch.device(device)), product_dtype, device)
+        model.distribute(sharding(shard, model, torch.device(device)), product_dtype, device)
         model.to_empty(device=device).finish_loading()
 
         tensors, given = read_weights(folder), set()
@@ -951,15 +951,16 @@ def learning_rate(step, steps, lr, min_lr, warmup):
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
 
 
-def sharding(shard, n_params, device):
-    """'none', 'ddp' or 'fsdp' for a model of n_params weights that learn. 'auto': all of a model on each process as long as its weights,
-    gradients and optimizer state, 16 bytes a weight, take at most 40% of a GPU's memory."""
+def sharding(shard, model, device):
+    """'none', 'ddp' or 'fsdp' for a model. 'auto': all of it on each process as long as its weights, and the gradients and Adam's averages
+    of those that learn (12 bytes each), take at most 40% of a GPU's memory."""
     if shard not in ('auto', 'none', 'ddp', 'fsdp'):
         raise UserError(f"shard is 'auto', 'none', 'ddp' or 'fsdp', not {shard!r}")
     if world_size() == 1:
         return 'none'
     if shard == 'auto':
-        small = device.type != 'cuda' or 16 * n_params < 0.4 * torch.cuda.get_device_properties(device).total_memory
+        n_bytes = sum(p.numel() * (p.element_size() + 12 * p.requires_grad) for p in model.parameters())
+        small = device.type != 'cuda' or n_bytes < 0.4 * torch.cuda.get_device_properties(device).total_memory
         return 'ddp' if small else 'fsdp'
     return shard
 
@@ -991,9 +992,9 @@ def activation_bytes(config, n_tokens, longest, dtype, grad_checkpointing, devic
     return layers + 2 * 4 * min(n_tokens, 1024) * c.vocab_size
 
 
-def memory_needed(models, dtype, micro_tokens, longest, max_rows, max_new_tokens):
+def memory_needed(models, dtype, micro_tokens, longest, max_rows, longest_prompt, max_new_tokens):
     """A line of arithmetic: the bytes that a run takes on each process. models: those in memory while it trains, the first one the
-    policy, of which samples are drawn. longest: tokens of the longest row that is learned, and of a prompt at most."""
+    policy, of which samples are drawn. longest: tokens of the longest row that is learned."""
     policy, parts = models[0], []
 
     def take(what, n_bytes):
@@ -1011,8 +1012,8 @@ def memory_needed(models, dtype, micro_tokens, longest, max_rows, max_new_tokens
     c, device = policy.config, policy.embed.weight.device
     learning = activation_bytes(c, micro_tokens, longest, dtype, policy.grad_checkpointing, device)
     copied = policy.shard == 'fsdp' or dtype != policy.embed.weight.dtype or any(isinstance(m, LoRALinear) for m in policy.modules())
-    copy = policy.n_params() * dtype.itemsize if copied else 0
-    cache = max_rows * (longest + max_new_tokens) * 2 * c.n_layer * c.n_kv_head * c.head_dim * dtype.itemsize
+    copy = sum(p.numel() for name, p in policy.named_parameters() if 'lora_' not in name) * dtype.itemsize if copied else 0
+    cache = max_rows * (longest_prompt + max_new_tokens) * 2 * c.n_layer * c.n_kv_head * c.head_dim * dtype.itemsize
     text = ', '.join(f'{what} {size_text(n)}' for what, n in parts)
     return (f'memory of a process at most about {size_text(always + max(learning, copy + cache))}: {text}; beside these either a micro-batch of '
             f'{micro_tokens:,} tokens {size_text(learning)}, or for samples ' + (f'a copy of the weights {size_text(copy)} and ' if copy else '')

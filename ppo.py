@@ -350,7 +350,7 @@ if __name__ == '__main__':
     print(f'{n_iterations} iterations * {n_picked} questions * {n_per_question} samples = {n_iterations * n_rollouts:,} samples; '
           f'{n_iterations} * {epochs} epochs * {n_minibatches} minibatches = {n_updates:,} updates')
     print(memory_needed([m for m in (policy, reference, value_model if separate else None, scorer) if m is not None], dtype, micro_tokens,
-                        longest + max_new_tokens, max_rows, max_new_tokens))
+                        longest + max_new_tokens, max_rows, longest, max_new_tokens))
     exact = device.type == 'cpu' and dtype == torch.float32  # no bf16 and no TF32: two ways to one number agree
     trunk = None
     if policy.shard != 'fsdp' and (compile == 'on' or compile == 'auto' and device.type == 'cuda'):

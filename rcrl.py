@@ -258,7 +258,8 @@ if __name__ == '__main__':
 
     # 4. fine-tune the base on them, labels read and not learned
     model.grad_checkpointing, state = grad_checkpointing, {'best': -1.0}
-    print(memory_needed([model], dtype, micro_tokens, max(len(e.ids) for e in dataset), max_rows, max_new_tokens))
+    print(memory_needed([model], dtype, micro_tokens, max(len(e.ids) for e in dataset), max_rows,
+                        max(e.n_prompt for e in dataset), max_new_tokens))
 
     def maj1(policy, condition):
         return evaluation.greedy_accuracy(Sampler(policy, tok, max_rows, dtype, condition), val_problems, max_new_tokens)

@@ -667,7 +667,7 @@ if __name__ == '__main__':
     model = Transformer.from_pretrained(base or policy_from, device, dtype if lora_rank else torch.float32, value_head=True,
                                         lora_rank=lora_rank, lora_alpha=lora_alpha, shard=shard, product_dtype=dtype)
     model.grad_checkpointing = grad_checkpointing
-    print(memory_needed([model], dtype, micro_tokens, max(len(row.ids) for row in rows), max_rows=0, max_new_tokens=0))
+    print(memory_needed([model], dtype, micro_tokens, max(len(row.ids) for row in rows), 0, 0, 0))
     fit(model, rows, steps, log, batch_size=batch_size, micro_tokens=micro_tokens, lr=lr, min_lr=min_lr, warmup=warmup,
         weight_decay=weight_decay, grad_clip=grad_clip, seed=seed, dtype=dtype, out_dir=out_dir, save_interval=save_interval, resume=resume)
 

@@ -237,7 +237,7 @@ if __name__ == '__main__':
         if lora_rank:
             raise UserError('lora_rank adapts a model that has learned something: not one from scratch')
         model = Transformer(ModelConfig(family=family, **shape)).init_weights().to(device)
-        model.distribute(sharding(shard, model.n_params(), device), dtype, device)
+        model.distribute(sharding(shard, model, device), dtype, device)
     else:
         model = Transformer.from_pretrained(init_from, device, dtype if lora_rank else torch.float32, lora_rank=lora_rank,
                                             lora_alpha=lora_alpha, shard=shard, product_dtype=dtype)
@@ -258,7 +258,8 @@ if __name__ == '__main__':
     n_steps = max_steps or math.ceil(epochs * len(fits) / batch_size)
     print(f'{model.n_params():,} parameters, vocabulary {tok.vocab_size}; {len(fits):,} examples with {n_learned(fits):,} learned tokens; '
           f'{n_steps} updates * {batch_size} = {n_steps * batch_size:,} examples, {n_steps * batch_size / max(1, len(fits)):.1f} epochs')
-    print(memory_needed([model], dtype, micro_tokens, max(len(e.ids) for e in fits), max_rows, max_new_tokens))
+    print(memory_needed([model], dtype, micro_tokens, max(len(e.ids) for e in fits), max_rows,
+                        max(e.n_prompt for e in fits), max_new_tokens))
 
     def validate(step):
         """Validation loss and maj@1; keeps best/."""

@@ -1,6 +1,6 @@
 # The paper's PPO without SFT: Llama-2 7B on GSM8K from the pretrained weights, sparse reward (Havrilla et al. 2024, section 3).
-# $ python data/gsm8k/prepare.py && python ppo.py config/gsm8k_llama2_7b_few_shot_ppo.py
-# $ python eval.py --init_from=out/gsm8k_llama2_7b_few_shot_ppo --few_shot=2 --task=gsm8k
+# $ python data/gsm8k/prepare.py && torchrun --nproc_per_node=8 ppo.py config/gsm8k_llama2_7b_few_shot_ppo.py
+# $ torchrun --nproc_per_node=8 eval.py --init_from=out/gsm8k_llama2_7b_few_shot_ppo --few_shot=2 --task=gsm8k
 # Hardware: as for gsm8k_llama2_7b_ppo_sparse, of which this is a variant.
 # Not run. The paper's maj@1: 0.05 prompted, 0.32 after PPO (as recalled).
 from config.gsm8k_llama2_7b_ppo_sparse import *
@@ -8,4 +8,4 @@ from config.gsm8k_llama2_7b_ppo_sparse import *
 init_from = 'meta-llama/Llama-2-7b-hf'
 out_dir = 'out/gsm8k_llama2_7b_few_shot_ppo'
 few_shot = 2                # worked examples before every question, in training as at evaluation
-max_rows = 16               # 16 * (256 of its own + 800 of the prompt) * 0.5 MB of bf16 keys and values = 8 GB at the most
+max_rows = 32               # 32 * (256 of its own + 800 of the prompt) * 0.5 MiB of bf16 keys and values = 16.5 GiB

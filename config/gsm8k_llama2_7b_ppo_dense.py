@@ -1,5 +1,5 @@
 # gsm8k_llama2_7b_ppo_sparse with the heuristic dense reward beside the sparse one.
-# $ python ppo.py config/gsm8k_llama2_7b_ppo_dense.py      (after config/gsm8k_llama2_7b_sft.py)
+# $ torchrun --nproc_per_node=8 ppo.py config/gsm8k_llama2_7b_ppo_dense.py      (after config/gsm8k_llama2_7b_sft.py)
 # Not run. The paper's maj@1, maj@96, rerank@96, pass@96: 0.43, 0.47, 0.53, 0.71 (as recalled).
 from config.gsm8k_llama2_7b_ppo_sparse import *
 

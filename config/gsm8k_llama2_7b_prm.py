@@ -1,5 +1,5 @@
 # The process reward model for the SFT policy of gsm8k_llama2_7b_sft.
-# $ python rewards.py config/gsm8k_llama2_7b_prm.py
+# $ torchrun --nproc_per_node=8 rewards.py config/gsm8k_llama2_7b_prm.py
 # Hardware: as for gsm8k_llama2_7b_sft, whose optimizer it shares; 7,217 questions * 2 solutions * about 4 steps * 8 = 460,000 samples.
 # Not run: it needs a GPU and the model hub.
 task = 'gsm8k'
@@ -8,7 +8,7 @@ init_from = 'out/gsm8k_llama2_7b_sft'
 out_dir = 'out/gsm8k_llama2_7b_prm'
 k = 2
 rollouts = 8
-max_rows = 192              # 192 * (256 of its own + 300 of the prompt) * 0.5 MB of bf16 keys and values = 53 GB at the most
+max_rows = 192              # as for gsm8k_llama2_7b_ei
 epochs = 1.0
 batch_size = 64
 micro_tokens = 8192

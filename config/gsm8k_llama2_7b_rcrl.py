@@ -1,6 +1,6 @@
 # The paper's return-conditioned RL: Llama-2 7B on GSM8K (Havrilla et al. 2024, section 3), on solutions of Expert Iteration's policy.
-# $ python ei.py config/gsm8k_llama2_7b_ei.py && python rcrl.py config/gsm8k_llama2_7b_rcrl.py
-# $ python eval.py --init_from=out/gsm8k_llama2_7b_rcrl --task=gsm8k      (--condition=bad: told [BAD] before every step)
+# $ torchrun --nproc_per_node=8 ei.py config/gsm8k_llama2_7b_ei.py && torchrun --nproc_per_node=8 rcrl.py config/gsm8k_llama2_7b_rcrl.py
+# $ torchrun --nproc_per_node=8 eval.py --init_from=out/gsm8k_llama2_7b_rcrl --task=gsm8k      (--condition=bad: told [BAD] before every step)
 # Hardware: as for gsm8k_llama2_7b_sft; 7,217 questions * 8 = 57,736 solutions, and at most 7 rollouts for each of their steps.
 # Not run. The paper's maj@1 after RCRL: 0.45, maj@96 0.50, rerank@96 0.54, pass@96 0.73, from SFT's 0.41, 0.47, 0.54, 0.72 (as recalled).
 task = 'gsm8k'
@@ -11,7 +11,7 @@ k = 8
 rollouts = 8
 threshold = 0.5             # paper (as recalled)
 right_share = 0.75          # the paper found an even mix the worst (as recalled)
-max_rows = 64               # 64 * (256 of its own + 300 of the prompt) * 0.5 MB of bf16 keys and values = 18 GB, beside the optimizer
+max_rows = 96               # as for gsm8k_llama2_7b_sft
 epochs = 4.0                # the SFT settings
 batch_size = 128
 micro_tokens = 8192

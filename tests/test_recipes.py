@@ -25,7 +25,7 @@ def test_recipe_loads_into_its_script(name, capsys):
     assert settings['out_dir'] == f'out/{name[:-3]}' and any(values[key] != before[key] for key in values)
     with open(path) as f:
         text = f.read()
-    assert text.startswith('#') and f'python {script}.py config/{name}' in text  # what it is for, and the exact command
+    assert text.startswith('#') and f' {script}.py config/{name}' in text  # what it is for, and the exact command
     if name.startswith('demo_ppo'):  # like with like: from the same checkpoint, with as many samples as Expert Iteration or fewer
         ei = dict(vars(importlib.import_module('ei')))
         override(ei, [os.path.join(ROOT, 'config', 'demo_ei.py')])
