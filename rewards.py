@@ -527,7 +527,7 @@ def fit(model, rows, steps, log, *, batch_size=64, micro_tokens=16384, lr=1e-5, 
     update's labels. log(step, **metrics) gets the loss. out_dir, if given, gets states every save_interval updates and when a stop is
     asked for, and resume goes on from the newest one. UserError if the loss is not finite."""
     device, optimizer, per_epoch = model.embed.weight.device, make_optimizer(model, lr, weight_decay), len(rows) // batch_size
-    parameters, checkpoints = [p for group in optimizer.param_groups for p in group['params']], Checkpoints(out_dir)
+    parameters, checkpoints = [p for p in model.parameters() if p.requires_grad], Checkpoints(out_dir)
     state = checkpoints.load({'model': model}, optimizer) if resume else None
     for step in bar(range(state['step'] if state else 0, steps), desc='reward model'):
         order = epoch_order(rows, batch_size, seed, step // per_epoch)  # the rest of an epoch's rows sits it out

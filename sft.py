@@ -150,7 +150,7 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
     if resume:
         state.update(checkpoints.load({'model': model}, optimizer) or {})
     start_step = state.get('step', 0)
-    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    parameters = [p for p in model.parameters() if p.requires_grad]
     trunk = torch.compile(model.trunk, dynamic=True) if compile and model.shard != 'fsdp' else None
     peak = world_size() * peak_flops(device, dtype) if log is not None else None
     order, epoch = [], -1
