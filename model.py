@@ -30,6 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
 
 from config import SEVERAL, UserError, override, stop_asked
@@ -493,15 +494,22 @@ class Transformer(nn.Module):
     def for_sampling(self, dtype):
         """This model as one that each process can draw from on its own, adapters merged, in dtype: itself if it is that, else a copy
         that is gathered once. Nothing is exchanged while samples are drawn, since processes end at different steps."""
-        if self.shard != 'fsdp' and dtype == self.embed.weight.dtype and not any(isinstance(m, LoRALinear) for m in self.modules()):
+        names = {name: p for name, p in self.named_parameters() if not name.startswith('value_head') and 'lora_' not in name}
+        adapted = {f'{name}.weight' for name, m in self.named_modules() if isinstance(m, LoRALinear)}
+        if self.shard != 'fsdp' and dtype == self.embed.weight.dtype and not adapted:
+            same_everywhere(bit_sum(names.values()))
             return self
         with torch.device('meta'):
             copy = Transformer(self.config)
         copy = copy.to(dtype).to_empty(device=self.embed.weight.device).finish_loading().requires_grad_(False)
         for name, p in copy.named_parameters():
             p.copy_(self.weight(name))
-        if len(set(from_all(bit_sum(copy)))) > 1:
-            raise RuntimeError('the processes have gathered different weights')
+        same_everywhere(bit_sum(copy.parameters()))
+        if self.shard == 'fsdp':  # what was gathered is what learns
+            held = [p.to_local().to(dtype) for name, p in names.items() if name not in adapted]
+            gathered = bit_sum(p for name, p in copy.named_parameters() if name not in adapted)
+            if sum_over_processes(torch.tensor(bit_sum(held))).item() != gathered:
+                raise RuntimeError('the copy of the weights for sampling is not what the processes hold')
         return copy
 
     def flops(self, lengths, n_logits):
@@ -625,10 +633,14 @@ def fill(parameter, weight):
     parameter.copy_(weight)
 
 
-def bit_sum(model):
-    """A checksum of all weights: the sum of their bits as integers, which no order of summation changes."""
-    return sum(p.detach().view(torch.int16 if p.dtype == torch.bfloat16 else torch.int32).sum(dtype=torch.int64).item()
-               for p in model.parameters())
+def bit_sum(tensors):
+    """A checksum: the sum of the tensors' bits as integers, which no order of summation changes."""
+    return sum(t.detach().view(torch.int16 if t.dtype == torch.bfloat16 else torch.int32).sum(dtype=torch.int64).item() for t in tensors)
+
+
+def same_everywhere(number):
+    if len(set(from_all(number))) > 1:
+        raise RuntimeError('the processes have different weights')
 
 
 # -----------------------------------------------------------------------------
@@ -867,8 +879,11 @@ def setup(device='auto', dtype='auto', seed=0):
     if SEVERAL and not dist.is_initialized():
         # Objects and flags go over gloo, tensors on a GPU over NCCL. Hours, since a process waits where another still draws samples; one
         # that dies is noticed by torchrun at once, and not by this.
-        hook = sys.excepthook
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=4))
+        hook, patience = sys.excepthook, timedelta(hours=4)
+        store, number, n = next(rendezvous('env://', timeout=patience))
+        # After a restart by torchrun the store still has the addresses of the processes that are gone.
+        store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', store=store, rank=number, world_size=n, timeout=patience)
         sys.excepthook = hook  # which init_process_group replaces by one that swallows what ours writes
         # The end of a process, where PyTorch takes down its threads, now and then aborts ("terminate called without an active exception"),
         # after everything is done; torchrun would take it for a failure.

@@ -30,9 +30,12 @@ def start_and_kill(command, out, kills, longest, seed, break_states=False):
     """Starts the command, kills it after up to `longest` seconds, resumes it, and so on; then lets it end. -> a count of what happened.
     A run that was done before its kill came is not killed again."""
     rng, count = random.Random(f'campaign {seed}'), {'kills': 0, 'resumed': 0, 'broken states': 0, 'states lost': 0}
+
+    def states():
+        return sorted(glob.glob(os.path.join(out, '**', 'state', '[0-9]*[0-9]'), recursive=True))
     while True:
         resume = ['--init_from=resume'] if os.path.exists(os.path.join(out, 'config.json')) else []
-        before = sorted(glob.glob(os.path.join(out, 'state', '[0-9]*[0-9]')))
+        before = states()
         process = subprocess.Popen([*command, *resume], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
         try:
             said, _ = process.communicate(timeout=rng.uniform(1.0, longest) if count['kills'] < kills else 600)
@@ -40,8 +43,8 @@ def start_and_kill(command, out, kills, longest, seed, break_states=False):
             process.kill()
             process.communicate()
             count['kills'] += 1
-            after = sorted(glob.glob(os.path.join(out, 'state', '[0-9]*[0-9]')))
-            count['states lost'] += bool(before) and (not after or after[-1] < before[-1])
+            after = states()
+            count['states lost'] += bool(before) and os.path.exists(os.path.dirname(before[-1])) and (not after or after[-1] < before[-1])
             if break_states and len(after) == 2 and count['kills'] % 3 == 0:
                 file = rng.choice(sorted(glob.glob(os.path.join(after[-1], '*'))))
                 content = bytearray(open(file, 'rb').read())

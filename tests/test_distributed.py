@@ -159,6 +159,21 @@ def test_a_process_that_dies_ends_the_job(coin, tmp_path):
     assert 'Signal 9 (SIGKILL)' in said
 
 
+def test_torchrun_restarts_a_job_from_its_last_state(coin, tmp_path):
+    flags = [*TINY, f'--task={coin}/task', f'--init_from={coin}/policy', *PPO, '--save_interval=1']
+    start(ONE, 'ppo.py', *flags[len(TINY):], f'--out_dir={tmp_path}/whole')
+    command = [*several(2), '--max-restarts=1', 'ppo.py', *flags, f'--out_dir={tmp_path}/run']
+    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 120
+    while not (tmp_path / 'run' / 'state' / '00000002').exists() and time.time() < deadline:
+        time.sleep(0.05)
+    os.kill(int(subprocess.run(['pgrep', '-P', str(job.pid)], capture_output=True, text=True).stdout.split()[0]), signal.SIGKILL)
+    said = job.communicate(timeout=120)[0]
+    assert job.returncode == 0, said
+    rows = {row['iteration']: row for row in log_of(tmp_path / 'run', 'share_correct')}
+    assert_close(log_of(tmp_path / 'whole', 'share_correct'), [rows[i] for i in sorted(rows)], ['policy_loss', 'share_correct'], rel=2e-4)
+
+
 def test_a_mistake_is_said_once(coin, tmp_path):
     done = subprocess.run([*several(2), 'sft.py', *TINY, '--task=nowhere', f'--out_dir={tmp_path}/run'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and sum(line.startswith('error') for line in done.stderr.splitlines()) == 1, done.stderr
