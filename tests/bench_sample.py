@@ -145,11 +145,16 @@ def openvino(folder, work):
     # The cache in the type of the products too: by default it would be 8-bit, which is other arithmetic than everyone else's.
     properties = {'INFERENCE_PRECISION_HINT': precision, 'KV_CACHE_PRECISION': precision, 'INFERENCE_NUM_THREADS': work.threads,
                   'DYNAMIC_QUANTIZATION_GROUP_SIZE': 0}
-    given = [ov.Tensor([p]) for p, _ in work.rows]
-    parameters = [genai.GenerationConfig(do_sample=True, temperature=1.0, top_k=2 ** 31, top_p=1.0, max_new_tokens=n, ignore_eos=True)
-                  for _, n in work.rows]
+    parameters = [genai.GenerationConfig(do_sample=True, temperature=1.0, max_new_tokens=n, ignore_eos=True) for _, n in work.rows]
     pipeline = genai.ContinuousBatchingPipeline(folder + '/openvino', scheduler, 'CPU', properties)
-    return lambda: sum(len(one.m_generation_ids[0]) for one in pipeline.generate(given, parameters))
+    n_runs = 0
+
+    def run():
+        nonlocal n_runs
+        n_runs += 1  # other ids in every round, since nothing empties its prefix cache
+        given = [ov.Tensor([[(i + n_runs) % work.vocab_size for i in p]]) for p, _ in work.rows]
+        return sum(len(one.m_generation_ids[0]) for one in pipeline.generate(given, parameters))
+    return run
 
 
 def ctranslate2(folder, work):
@@ -180,7 +185,7 @@ ENGINES = {
 
 
 # -----------------------------------------------------------------------------
-# an engine's own process: it answers 'ready', and then every line 'go' by a line with seconds and the bytes of its peak memory
+# an engine's own process: it answers 'ready', and then every line 'go' by a line: seconds, CPU seconds, bytes of its peak memory
 
 def serve(engines):
     """The process's side. engines: {name: (function, module, ...)}. What libraries print goes to stderr, a file."""
@@ -200,14 +205,14 @@ def serve(engines):
             f.write('5')
     answers.write('ready\n')
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         drawn = run()
         if work.device == 'cuda':
             import torch
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         assert drawn >= work.n_tokens, f'{drawn} tokens drawn, not {work.n_tokens}'
-        answers.write(f'{seconds} {peak_memory(work.device)}\n')
+        answers.write(f'{seconds} {time.process_time() - cpu} {peak_memory(work.device)}\n')
 
 
 def peak_memory(device):
@@ -226,7 +231,7 @@ class Worker:
     """This side of it. UserError with the last line of its output where the engine fails."""
 
     def __init__(self, script, name, folder, python=''):
-        self.name, self.log, self.seconds = name, os.path.join(folder, name + '.log'), []
+        self.name, self.log, self.seconds, self.cpu = name, os.path.join(folder, name + '.log'), [], []
         with open(self.log, 'w') as log:
             self.process = subprocess.Popen([python or sys.executable, script, '--worker', name, folder], text=True, stdin=subprocess.PIPE,
                                             stdout=subprocess.PIPE, stderr=log)
@@ -247,8 +252,13 @@ class Worker:
     def go(self):
         self.process.stdin.write('go\n')
         self.process.stdin.flush()
-        seconds, self.peak = map(float, self.answer().split())
+        seconds, cpu, self.peak = map(float, self.answer().split())
         self.seconds.append(seconds)
+        self.cpu.append(cpu)
+
+    def cores(self):
+        """How many it kept busy: with clearly less than its threads, something else ran beside it, and the times mean little."""
+        return sum(self.cpu) / sum(self.seconds)
 
     def stop(self):
         self.process.stdin.close()
@@ -257,20 +267,23 @@ class Worker:
 
 @contextlib.contextmanager
 def started(script, names, folder, interpreters=None, optional=False):
-    """The engines' processes, without those that are not installed: refused, or if `optional` left out with a line."""
+    """The engines' processes. One that is not installed, or fails, is refused, or if `optional` left out with a line."""
     from config import UserError
     workers = []
     try:
         for name in names:
             python = (interpreters or {}).get(name, '')
-            worker = Worker(script, name, folder, python)
-            workers.append(worker)
-            if not worker.installed:
-                line = f'{name} is not installed for {python or "this python"}; --pythons={name}=PYTHON names another one'
+            try:
+                worker = Worker(script, name, folder, python)
+                if not worker.installed:
+                    worker.stop()
+                    raise UserError(f'{name} is not installed for {python or "this python"}; --pythons={name}=PYTHON names another one')
+                workers.append(worker)
+            except UserError as error:
                 if not optional:
-                    raise UserError(line)
-                print('left out: ' + line)
-        yield [worker for worker in workers if worker.installed]
+                    raise
+                print(f'left out: {error}')
+        yield workers
     finally:
         for worker in workers:
             worker.stop()
@@ -342,7 +355,7 @@ if __name__ == '__main__':
         if max(len(p) + n for p, n in rows) > C.block_size:
             raise UserError(f'a prompt and its samples take more than the context of {C.block_size} tokens')
         work = dict(rows=rows, n_tokens=sum(n for _, n in rows), max_rows=max_rows, batch=batch, dtype=dtype, threads=threads, cores=cores,
-                    device=device, seed=seed, block_size=C.block_size)
+                    device=device, seed=seed, block_size=C.block_size, vocab_size=V)
         with open(os.path.join(folder, 'work.json'), 'w') as f:
             json.dump(work, f)
         with started(os.path.abspath(__file__), names, folder, interpreters, optional) as workers:
@@ -362,14 +375,14 @@ if __name__ == '__main__':
         PreTrainedTokenizerFast(tokenizer_object=words, unk_token='t0', bos_token='t1', eos_token='t2').save_pretrained(folder)
 
         if scan:
-            print(f'{shape}, {dtype}, {device}, {threads} threads\n| {scan} | engine | tokens | tokens/s | to ours | peak GiB |\n|---|---|---|---|---|---|')
+            print(f'{shape}, {dtype}, {device}, {threads} threads\n| {scan} | engine | tokens | tokens/s | to ours | cores busy | peak GiB |\n|---|---|---|---|---|---|---|')
             for changes in SCANS[scan]:
                 globals().update(changes)
                 texts, lengths, workers = measure(folder)
                 n_tokens = sum(map(sum, lengths))
                 for worker in workers:
                     print(f'| {", ".join(f"{name}={value}" for name, value in changes.items())} | {worker.name} | {n_tokens:,} '
-                          f'| {n_tokens / worker.seconds[0]:,.0f} | {ratio(workers, worker):.2f} | {worker.peak / 2 ** 30:.2f} |')
+                          f'| {n_tokens / worker.seconds[0]:,.0f} | {ratio(workers, worker):.2f} | {worker.cores():.2f} | {worker.peak / 2 ** 30:.2f} |')
             raise SystemExit
         texts, lengths, workers = measure(folder)
 
@@ -395,8 +408,8 @@ if __name__ == '__main__':
     print(f'{shape}, {dtype}, {device}, {threads} threads: {prompts} prompts * {k} = {n_tokens:,} tokens')
     print(f'{rate / 1e9:,.0f} GFLOP/s: matrix products alone allow {n_tokens * rate / flops:,.0f} tokens/s')
     print(f'{bandwidth / 1e9:,.0f} GB/s: reading weights, keys and values alone allows {n_tokens * bandwidth / read:,.0f} tokens/s')
-    print('| engine | tokens/s (median) | to ours (median of pairs) | of the matrix products | of the bandwidth | peak GiB |\n|---|---|---|---|---|---|')
+    print('| engine | tokens/s (median) | to ours (median of pairs) | of the matrix products | of the bandwidth | cores busy | peak GiB |\n|---|---|---|---|---|---|---|')
     for worker in workers:
         seconds = statistics.median(worker.seconds)
         print(f'| {worker.name} | {n_tokens / seconds:,.0f} | {ratio(workers, worker):.2f} | {100 * flops / seconds / rate:.0f}% '
-              f'| {100 * read / seconds / bandwidth:.0f}% | {worker.peak / 2 ** 30:.2f} |')
+              f'| {100 * read / seconds / bandwidth:.0f}% | {worker.cores():.2f} | {worker.peak / 2 ** 30:.2f} |')
