@@ -195,10 +195,11 @@ if __name__ == '__main__':
         work = {name: settings[name] for name in names_of_work} | {'texts': [rewards.prompt(q) for q in questions[:n_questions]]}
         with open(folder + '/work.json', 'w') as f:
             json.dump(work, f)
-        seconds, peak = {name: [] for name in names}, dict.fromkeys(names, 0)
+        seconds, busy, peak = {name: [] for name in names}, {name: [] for name in names}, dict.fromkeys(names, 0)
         for _ in range(rounds):
             for name in names:
                 command, read = runs[name](folder, types.SimpleNamespace(**work), interpreters.get(name, sys.executable))
+                start = time.perf_counter()
                 with open(folder + '/output', 'w+') as output:
                     process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {'HF_HUB_OFFLINE': '1'})
                     _, status, usage = os.wait4(process.pid, 0)
@@ -208,6 +209,7 @@ if __name__ == '__main__':
                     print(said)
                     raise UserError(f'{name} failed; its output stands above')
                 seconds[name].append(read(said))
+                busy[name].append((usage.ru_utime + usage.ru_stime) / (time.perf_counter() - start))
                 peak[name] = max(peak[name], usage.ru_maxrss * 1024)
 
     # The operations of an iteration: rollouts, old policy and reference once each, and epochs of forward and backward passes.
@@ -222,8 +224,8 @@ if __name__ == '__main__':
     print(f'{shape}, {dtype}, {device}, {threads} threads: {n_rollouts} rollouts of {prompt_tokens} + {max_new_tokens} tokens, {n_per_question} a question; '
           f'{epochs} epochs, minibatches of {minibatch}; advantage {advantage}, TRL: {trainer}')
     print(f'peak {rate / 1e9:,.0f} GFLOP/s, {memory_bandwidth(torch_device) / 1e9:,.0f} GB/s')
-    print('| engine | seconds an iteration (median) | to ours (median of pairs) | MFU | peak GiB of the process |\n|---|---|---|---|---|')
+    print('| engine | seconds an iteration (median) | to ours (median of pairs) | MFU | cores busy | peak GiB |\n|---|---|---|---|---|---|')
     for name in names:
         median = statistics.median(seconds[name])
         ratio = statistics.median(a / b for a, b in zip(seconds['ours'], seconds[name])) if 'ours' in names else float('nan')
-        print(f'| {name} | {median:.1f} | {ratio:.2f} | {100 * flops / median / rate:.0f}% | {peak[name] / 2 ** 30:.2f} |')
+        print(f'| {name} | {median:.1f} | {ratio:.2f} | {100 * flops / median / rate:.0f}% | {statistics.median(busy[name]):.2f} | {peak[name] / 2 ** 30:.2f} |')

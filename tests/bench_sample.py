@@ -68,13 +68,13 @@ SCANS = {  # what --scan=NAME sets, a line of the table each
 
 
 # -----------------------------------------------------------------------------
-# the engines: each takes the folder of the exported model and the work, whose rows are (prompt ids, tokens to draw), and returns
-# a function that does the work once and returns the number of tokens that it drew
+# the engines: each takes the folder of the exported model and the work's settings, and returns a function of rows, which are
+# (prompt ids, tokens to draw), that draws them and returns the number of tokens that it drew
 
-def batches(work):
+def batches(rows, batch):
     """For an engine without budgets of its own for every row: (prompts of similar length, the most tokens that one of them draws)."""
-    rows = sorted(work.rows, key=lambda row: -len(row[0]))
-    parts = [rows[i:i + work.batch] for i in range(0, len(rows), work.batch)]
+    rows = sorted(rows, key=lambda row: -len(row[0]))
+    parts = [rows[i:i + batch] for i in range(0, len(rows), batch)]
     return [([p for p, _ in part], max(n for _, n in part)) for part in parts]
 
 
@@ -92,7 +92,7 @@ def ours(folder, work):
         eos, vocab_size, labels, newline_ids = -1, model.config.vocab_size, None, ()
 
     sampler = Sampler(model, NoTokenizer(), work.max_rows, dtype)
-    return lambda: sum(len(s.ids) for s in sampler.generate([p for p, _ in work.rows], 1, [n for _, n in work.rows], 1.0))
+    return lambda rows: sum(len(s.ids) for s in sampler.generate([p for p, _ in rows], 1, [n for _, n in rows], 1.0))
 
 
 def transformers(folder, work, cache='dynamic'):
@@ -104,9 +104,9 @@ def transformers(folder, work, cache='dynamic'):
     device, dtype = setup(work.device, work.dtype, work.seed)  # the faster matrix products of fast_cpu_matmul, too
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
-    def run():
+    def run(rows):
         drawn = 0
-        for part, most in batches(work):
+        for part, most in batches(rows, work.batch):
             width = max(map(len, part))
             ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
@@ -124,10 +124,10 @@ def vllm(folder, work):
     from vllm import LLM, SamplingParams
     llm = LLM(folder, skip_tokenizer_init=True, dtype=work.dtype, max_model_len=work.block_size, max_num_seqs=work.max_rows, seed=work.seed,
               enable_prefix_caching=True)
-    given = [{'prompt_token_ids': p} for p, _ in work.rows]
-    parameters = [SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False) for _, n in work.rows]
 
-    def run():
+    def run(rows):
+        given = [{'prompt_token_ids': p} for p, _ in rows]
+        parameters = [SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False) for _, n in rows]
         found = llm.generate(given, parameters, use_tqdm=False)
         llm.reset_prefix_cache()  # within a round a prompt's samples share it; from one round to the next would be cheating
         return sum(len(one.outputs[0].token_ids) for one in found)
@@ -145,14 +145,14 @@ def openvino(folder, work):
     # The cache in the type of the products too: by default it would be 8-bit, which is other arithmetic than everyone else's.
     properties = {'INFERENCE_PRECISION_HINT': precision, 'KV_CACHE_PRECISION': precision, 'INFERENCE_NUM_THREADS': work.threads,
                   'DYNAMIC_QUANTIZATION_GROUP_SIZE': 0}
-    parameters = [genai.GenerationConfig(do_sample=True, temperature=1.0, max_new_tokens=n, ignore_eos=True) for _, n in work.rows]
     pipeline = genai.ContinuousBatchingPipeline(folder + '/openvino', scheduler, 'CPU', properties)
     n_runs = 0
 
-    def run():
+    def run(rows):
         nonlocal n_runs
         n_runs += 1  # other ids in every round, since nothing empties its prefix cache
-        given = [ov.Tensor([[(i + n_runs) % work.vocab_size for i in p]]) for p, _ in work.rows]
+        given = [ov.Tensor([[(i + n_runs) % work.vocab_size for i in p]]) for p, _ in rows]
+        parameters = [genai.GenerationConfig(do_sample=True, temperature=1.0, max_new_tokens=n, ignore_eos=True) for _, n in rows]
         return sum(len(one.m_generation_ids[0]) for one in pipeline.generate(given, parameters))
     return run
 
@@ -162,12 +162,11 @@ def ctranslate2(folder, work):
                    check=True, stdout=2)
     import ctranslate2 as ct2
     generator = ct2.Generator(folder + '/ctranslate2', device=work.device, compute_type=work.dtype, inter_threads=1, intra_threads=work.threads)
-    parts = [([[f't{i}' for i in p] for p in part], most) for part, most in batches(work)]
 
-    def run():
+    def run(rows):
         drawn = 0
-        for part, most in parts:
-            found = generator.generate_batch(part, max_length=most, min_length=most, sampling_topk=0, include_prompt_in_result=False)
+        for part, most in batches(rows, work.batch):
+            found = generator.generate_batch([[f't{i}' for i in p] for p in part], max_length=most, min_length=most, sampling_topk=0, include_prompt_in_result=False)
             drawn += sum(len(one.sequences_ids[0]) for one in found)
         return drawn
     return run
@@ -199,14 +198,14 @@ def serve(engines):
     with open(os.path.join(folder, 'work.json')) as f:
         work = types.SimpleNamespace(**json.load(f))
     run = function(folder, work)
-    run()  # warm-up
+    run(work.warm_up)
     if work.device == 'cpu':  # the peak from here on: neither loading nor converting
         with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w') as f:
             f.write('5')
     answers.write('ready\n')
     for _ in sys.stdin:
         start, cpu = time.perf_counter(), time.process_time()
-        drawn = run()
+        drawn = run(work.rows)
         if work.device == 'cuda':
             import torch
             torch.cuda.synchronize()
@@ -354,7 +353,7 @@ if __name__ == '__main__':
         rows = [(p, n) for p, row in zip(texts, lengths) for n in row]
         if max(len(p) + n for p, n in rows) > C.block_size:
             raise UserError(f'a prompt and its samples take more than the context of {C.block_size} tokens')
-        work = dict(rows=rows, n_tokens=sum(n for _, n in rows), max_rows=max_rows, batch=batch, dtype=dtype, threads=threads, cores=cores,
+        work = dict(rows=rows, warm_up=rows[::4], n_tokens=sum(n for _, n in rows), max_rows=max_rows, batch=batch, dtype=dtype, threads=threads, cores=cores,
                     device=device, seed=seed, block_size=C.block_size, vocab_size=V)
         with open(os.path.join(folder, 'work.json'), 'w') as f:
             json.dump(work, f)

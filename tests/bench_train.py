@@ -45,10 +45,9 @@ def ours(folder, work):
     torch.set_num_threads(work.threads)
     device, dtype = setup(work.device, work.dtype, work.seed)
     model = Transformer.from_pretrained(folder, device)
-    examples = [Example(*row) for row in work.rows]
 
-    def run():
-        finetune(model, examples, max_steps=work.updates, batch_size=work.batch_size, micro_tokens=work.micro_tokens, lr=1e-5, dtype=dtype,
+    def run(rows):
+        finetune(model, [Example(*row) for row in rows], max_steps=len(rows) // work.batch_size, batch_size=work.batch_size, micro_tokens=work.micro_tokens, lr=1e-5, dtype=dtype,
                  compile=work.compile)
         return work.n_tokens
     return run
@@ -69,11 +68,11 @@ def transformers(folder, work):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
 
-    def run():
+    def run(rows):
         optimizer = make_optimizer(model, 1e-5, 0.0)
-        order = random.Random(work.seed).sample(range(len(work.rows)), len(work.rows))
-        for step in range(work.updates):
-            batch = [work.rows[i] for i in order[step * work.batch_size:(step + 1) * work.batch_size]]
+        order = random.Random(work.seed).sample(range(len(rows)), len(rows))
+        for step in range(len(rows) // work.batch_size):
+            batch = [rows[i] for i in order[step * work.batch_size:(step + 1) * work.batch_size]]
             width = max(len(ids) for ids, _ in batch)
             n, each = sum(len(ids) - n_prompt for ids, n_prompt in batch), max(1, work.micro_tokens // width)
             for i in range(0, len(batch), each):
@@ -129,7 +128,7 @@ if __name__ == '__main__':
         folder += '/model'
         model.save_pretrained(folder)
         with open(folder + '/work.json', 'w') as f:
-            json.dump(dict(rows=examples, n_tokens=n_tokens, updates=updates, batch_size=batch_size, micro_tokens=micro_tokens, dtype=dtype,
+            json.dump(dict(rows=done, warm_up=done[:batch_size], n_tokens=n_tokens, batch_size=batch_size, micro_tokens=micro_tokens, dtype=dtype,
                            threads=threads, device=device, compile=compile, seed=seed), f)
         with started(os.path.abspath(__file__), names, folder) as workers:
             for _ in range(rounds):
