@@ -6,13 +6,18 @@ What is compared: --advantage=group with TRL's GRPOTrainer (its only trainers wi
 Both draw K samples of each question, take a sample's reward against its mates' as the advantage of all its tokens, and do `epochs`
 passes of the token-wise clipped surrogate with a KL penalty against a reference model, so that both also compute the log-probs of
 the old policy and of the reference. --advantage=gae, with a critic of its own, against the PPOTrainer of trl.experimental, which
-TRL dropped after 1.9. Rewards cost nothing on either side. Prompts and responses have fixed lengths, and nothing ends early:
-where lengths differ, padding would cost TRL more and ours little.
+is in TRL 1.9 and gone by 1.14. Rewards cost nothing on either side. Prompts have one length, and responses too, so that nothing ends early;
+or with --spread every token ends its response with a chance of 1 / 96, in a model whose vocabulary is that small, so that lengths
+are geometric: then TRL decodes to the longest and pads. Both draw their own lengths, of the same distribution.
+
+On some CPUs our scripts compute fp32 products another way than torch does by itself (model.fast_cpu_matmul). TRL gets that here, too,
+unless --fast_matmul=False.
 
 In each round either one makes a fresh start and times its last iteration, the ones before being its warm-up.
 
 $ python tests/bench_ppo.py                                    # the Llama shape in fp32, one thread; trl beside torch
 $ python tests/bench_ppo.py --pythons=trl=envs/trl/bin/python  # trl in an environment of its own
+$ python tests/bench_ppo.py --spread
 $ python tests/bench_ppo.py --advantage=gae --pythons=trl=envs/trl1.9/bin/python
 """
 import json
@@ -31,11 +36,13 @@ advantage = 'group'   # or 'gae'
 n_rollouts = 64       # an iteration
 n_per_question = 4
 prompt_tokens = 64
-max_new_tokens = 128  # and not one less
+max_new_tokens = 128  # and not one less, without spread
+spread = False        # responses of different lengths
 epochs = 4
 minibatch = 32        # rollouts an update
 micro_tokens = 4096   # ours: tokens a micro-batch
 micro_rows = 16       # TRL: rollouts a micro-batch
+fast_matmul = True    # TRL: the fp32 products that our scripts use
 trl_cache = 'dynamic' # TRL: 'dynamic', 'static', or 'paged' for transformers' continuous batching
 n_iterations = 2      # of a round, of which the last is timed
 engines = 'ours,trl'
@@ -56,7 +63,8 @@ def trl(folder, work):
     import transformers
 
     from model import setup
-    setup(work.device, work.dtype, work.seed)  # the faster matrix products of fast_cpu_matmul, too
+    if work.fast_matmul:
+        setup(work.device, work.dtype, work.seed)
     torch.set_num_threads(work.threads)
     ends = []
 
@@ -80,11 +88,12 @@ def trl(folder, work):
         config = GRPOConfig(
             **common, **cache, max_steps=updates * work.n_iterations, gradient_accumulation_steps=work.minibatch // work.micro_rows,
             steps_per_generation=work.n_rollouts // work.micro_rows, num_iterations=work.epochs, num_generations=work.n_per_question,
-            max_completion_length=work.max_new_tokens, generation_kwargs={'min_new_tokens': work.max_new_tokens}, beta=0.05, epsilon=0.2,
+            max_completion_length=work.max_new_tokens, generation_kwargs={} if work.spread else {'min_new_tokens': work.max_new_tokens},
+            beta=0.05, epsilon=0.2,
             scale_rewards='batch', loss_type='dapo', log_completions=False)
 
         def reward(completion_ids, **_):
-            assert {len(ids) for ids in completion_ids} == {work.max_new_tokens}
+            assert work.spread or {len(ids) for ids in completion_ids} == {work.max_new_tokens}
             return [random.random() for _ in completion_ids]
 
         trainer = GRPOTrainer(folder, reward, config, Dataset.from_list([{'prompt': text} for text in work.texts]),
@@ -121,7 +130,7 @@ def ours(folder, work, python):
         with open(out + '/log.jsonl') as f:
             rows = [row for row in map(json.loads, f) if 'rollout_tokens_per_second' in row]
         # Nothing ended early, and no row was left out of the update for an advantage of 0.
-        assert all(row['response_tokens'] == work.max_new_tokens and row['learning_rows'] == 1 for row in rows)
+        assert all((work.spread or row['response_tokens'] == work.max_new_tokens) and row['learning_rows'] == 1 for row in rows)
         return rows[-1]['time'] - rows[-2]['time']
     return [python, ROOT + '/ppo.py', *(f'--{name}={value}' for name, value in flags.items())], lambda _: seconds()
 
@@ -146,6 +155,8 @@ if __name__ == '__main__':
             raise UserError(f'engines are a list of {", ".join(runs)}; not {name!r}')
     if shape not in SHAPES:
         raise UserError(f'shape is one of {", ".join(SHAPES)}')
+    if spread and advantage == 'gae':
+        raise UserError("spread goes with advantage = 'group'")
     if n_iterations < 2:
         raise UserError('n_iterations must be at least 2: the first is the warm-up')
     if minibatch % micro_rows or n_rollouts % minibatch or n_rollouts % n_per_question or minibatch % n_per_question:
@@ -169,7 +180,7 @@ if __name__ == '__main__':
     torch_device, torch_dtype = setup(device, dtype, seed)
     with tempfile.TemporaryDirectory() as folder:
         folder += '/model'
-        model = Transformer(ModelConfig(block_size=512, **SHAPES[shape])).init_weights()
+        model = Transformer(ModelConfig(block_size=512, **SHAPES[shape] | ({'vocab_size': 96} if spread else {}))).init_weights()
         V, rng = model.config.vocab_size, random.Random(seed)
         model.save_pretrained(folder)
         # The reference must be another model: without it nothing would have been rewarded yet, and ppo.py leaves out of the update
@@ -179,8 +190,8 @@ if __name__ == '__main__':
                 p.mul_(1.01)
         model.save_pretrained(folder + '/ref')
         # A tokenizer of one word an id. The end of text is the last id, and with one id before it that is no word the number of words
-        # is that id: the sampler draws ids below the number of words alone, and so never the end of text.
-        words = Tokenizer(models.WordLevel({f't{i}': i for i in range(V - 2)} | {'end': V - 1}, unk_token='t0'))
+        # is that id: the sampler draws ids below the number of words alone, and so never the end of text (unless spread).
+        words = Tokenizer(models.WordLevel({f't{i}': i for i in range(V - 1 if spread else V - 2)} | {'end': V - 1}, unk_token='t0'))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         for path in (folder, folder + '/ref'):
             PreTrainedTokenizerFast(tokenizer_object=words, unk_token='t0', eos_token='end', pad_token='end').save_pretrained(path)
@@ -191,7 +202,7 @@ if __name__ == '__main__':
         with open(folder + '/task/train.jsonl', 'w') as f:
             f.writelines(json.dumps({'question': q, 'answer': '#### 1'}) + '\n' for q in questions)
         names_of_work = ('advantage', 'n_rollouts', 'n_per_question', 'prompt_tokens', 'max_new_tokens', 'epochs', 'minibatch', 'micro_tokens',
-                         'micro_rows', 'trl_cache', 'n_iterations', 'dtype', 'threads', 'device', 'seed')
+                         'micro_rows', 'spread', 'fast_matmul', 'trl_cache', 'n_iterations', 'dtype', 'threads', 'device', 'seed')
         work = {name: settings[name] for name in names_of_work} | {'texts': [rewards.prompt(q) for q in questions[:n_questions]]}
         with open(folder + '/work.json', 'w') as f:
             json.dump(work, f)
@@ -213,7 +224,8 @@ if __name__ == '__main__':
                 peak[name] = max(peak[name], usage.ru_maxrss * 1024)
 
     # The operations of an iteration: rollouts, old policy and reference once each, and epochs of forward and backward passes.
-    whole, n = prompt_tokens + max_new_tokens, n_rollouts * max_new_tokens
+    length = round(V * (1 - (1 - 1 / V) ** max_new_tokens)) if spread else max_new_tokens  # on average
+    whole, n = prompt_tokens + length, n_rollouts * length
     forward = model.flops([whole - 1] * n_rollouts, n)
     drawing = model.flops([prompt_tokens] * (n_rollouts // n_per_question), 0) + forward - model.flops([prompt_tokens] * n_rollouts, 0)
     flops = drawing + (2 + 3 * epochs) * forward
@@ -221,7 +233,7 @@ if __name__ == '__main__':
         flops += (1 + 3 * epochs) * model.flops([whole - 1] * n_rollouts, 0)
     rate = peak_flops(torch_device, torch_dtype, seconds=1.0)
     trainer = {'group': 'GRPOTrainer', 'gae': 'PPOTrainer'}[advantage]
-    print(f'{shape}, {dtype}, {device}, {threads} threads: {n_rollouts} rollouts of {prompt_tokens} + {max_new_tokens} tokens, {n_per_question} a question; '
+    print(f'{shape}, {dtype}, {device}, {threads} threads: {n_rollouts} rollouts of {prompt_tokens} + {max_new_tokens} tokens{" at most" if spread else ""}, {n_per_question} a question; '
           f'{epochs} epochs, minibatches of {minibatch}; advantage {advantage}, TRL: {trainer}')
     print(f'peak {rate / 1e9:,.0f} GFLOP/s, {memory_bandwidth(torch_device) / 1e9:,.0f} GB/s')
     print('| engine | seconds an iteration (median) | to ours (median of pairs) | MFU | cores busy | peak GiB |\n|---|---|---|---|---|---|')
