@@ -233,11 +233,12 @@ if __name__ == '__main__':
         flops += (1 + 3 * epochs) * model.flops([whole - 1] * n_rollouts, 0)
     rate = peak_flops(torch_device, torch_dtype, seconds=1.0)
     trainer = {'group': 'GRPOTrainer', 'gae': 'PPOTrainer'}[advantage]
-    print(f'{shape}, {dtype}, {device}, {threads} threads: {n_rollouts} rollouts of {prompt_tokens} + {max_new_tokens} tokens{" at most" if spread else ""}, {n_per_question} a question; '
-          f'{epochs} epochs, minibatches of {minibatch}; advantage {advantage}, TRL: {trainer}')
+    print(f'{shape}, {dtype}, {device}, {threads} threads: {n_rollouts} rollouts of {prompt_tokens} + {max_new_tokens} tokens'
+          f'{" at most" if spread else ""}, {n_per_question} a question; {epochs} epochs, minibatches of {minibatch}; advantage {advantage}, TRL: {trainer}')
     print(f'peak {rate / 1e9:,.0f} GFLOP/s, {memory_bandwidth(torch_device) / 1e9:,.0f} GB/s')
     print('| engine | seconds an iteration (median) | to ours (median of pairs) | MFU | cores busy | peak GiB |\n|---|---|---|---|---|---|')
     for name in names:
         median = statistics.median(seconds[name])
         ratio = statistics.median(a / b for a, b in zip(seconds['ours'], seconds[name])) if 'ours' in names else float('nan')
-        print(f'| {name} | {median:.1f} | {ratio:.2f} | {100 * flops / median / rate:.0f}% | {statistics.median(busy[name]):.2f} | {peak[name] / 2 ** 30:.2f} |')
+        print(f'| {name} | {median:.1f} | {ratio:.2f} | {100 * flops / median / rate:.0f}% '
+              f'| {statistics.median(busy[name]):.2f} | {peak[name] / 2 ** 30:.2f} |')

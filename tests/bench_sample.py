@@ -166,7 +166,8 @@ def ctranslate2(folder, work):
     def run(rows):
         drawn = 0
         for part, most in batches(rows, work.batch):
-            found = generator.generate_batch([[f't{i}' for i in p] for p in part], max_length=most, min_length=most, sampling_topk=0, include_prompt_in_result=False)
+            found = generator.generate_batch([[f't{i}' for i in p] for p in part], max_length=most, min_length=most, sampling_topk=0,
+                                             include_prompt_in_result=False)
             drawn += sum(len(one.sequences_ids[0]) for one in found)
         return drawn
     return run
@@ -353,8 +354,8 @@ if __name__ == '__main__':
         rows = [(p, n) for p, row in zip(texts, lengths) for n in row]
         if max(len(p) + n for p, n in rows) > C.block_size:
             raise UserError(f'a prompt and its samples take more than the context of {C.block_size} tokens')
-        work = dict(rows=rows, warm_up=rows[::4], n_tokens=sum(n for _, n in rows), max_rows=max_rows, batch=batch, dtype=dtype, threads=threads, cores=cores,
-                    device=device, seed=seed, block_size=C.block_size, vocab_size=V)
+        work = dict(rows=rows, warm_up=rows[::4], n_tokens=sum(n for _, n in rows), max_rows=max_rows, batch=batch, dtype=dtype,
+                    threads=threads, cores=cores, device=device, seed=seed, block_size=C.block_size, vocab_size=V)
         with open(os.path.join(folder, 'work.json'), 'w') as f:
             json.dump(work, f)
         with started(os.path.abspath(__file__), names, folder, interpreters, optional) as workers:
@@ -374,14 +375,16 @@ if __name__ == '__main__':
         PreTrainedTokenizerFast(tokenizer_object=words, unk_token='t0', bos_token='t1', eos_token='t2').save_pretrained(folder)
 
         if scan:
-            print(f'{shape}, {dtype}, {device}, {threads} threads\n| {scan} | engine | tokens | tokens/s | to ours | cores busy | peak GiB |\n|---|---|---|---|---|---|---|')
+            print(f'{shape}, {dtype}, {device}, {threads} threads')
+            print(f'| {scan} | engine | tokens | tokens/s | to ours | cores busy | peak GiB |\n|---|---|---|---|---|---|---|')
             for changes in SCANS[scan]:
                 globals().update(changes)
                 texts, lengths, workers = measure(folder)
                 n_tokens = sum(map(sum, lengths))
                 for worker in workers:
                     print(f'| {", ".join(f"{name}={value}" for name, value in changes.items())} | {worker.name} | {n_tokens:,} '
-                          f'| {n_tokens / worker.seconds[0]:,.0f} | {ratio(workers, worker):.2f} | {worker.cores():.2f} | {worker.peak / 2 ** 30:.2f} |')
+                          f'| {n_tokens / worker.seconds[0]:,.0f} | {ratio(workers, worker):.2f} | {worker.cores():.2f} '
+                          f'| {worker.peak / 2 ** 30:.2f} |')
             raise SystemExit
         texts, lengths, workers = measure(folder)
 
@@ -407,7 +410,8 @@ if __name__ == '__main__':
     print(f'{shape}, {dtype}, {device}, {threads} threads: {prompts} prompts * {k} = {n_tokens:,} tokens')
     print(f'{rate / 1e9:,.0f} GFLOP/s: matrix products alone allow {n_tokens * rate / flops:,.0f} tokens/s')
     print(f'{bandwidth / 1e9:,.0f} GB/s: reading weights, keys and values alone allows {n_tokens * bandwidth / read:,.0f} tokens/s')
-    print('| engine | tokens/s (median) | to ours (median of pairs) | of the matrix products | of the bandwidth | cores busy | peak GiB |\n|---|---|---|---|---|---|---|')
+    print('| engine | tokens/s (median) | to ours (median of pairs) | of the matrix products | of the bandwidth | cores busy | peak GiB |\n'
+          '|---|---|---|---|---|---|---|')
     for worker in workers:
         seconds = statistics.median(worker.seconds)
         print(f'| {worker.name} | {n_tokens / seconds:,.0f} | {ratio(workers, worker):.2f} | {100 * flops / seconds / rate:.0f}% '

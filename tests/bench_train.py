@@ -47,8 +47,8 @@ def ours(folder, work):
     model = Transformer.from_pretrained(folder, device)
 
     def run(rows):
-        finetune(model, [Example(*row) for row in rows], max_steps=len(rows) // work.batch_size, batch_size=work.batch_size, micro_tokens=work.micro_tokens, lr=1e-5, dtype=dtype,
-                 compile=work.compile)
+        finetune(model, [Example(*row) for row in rows], max_steps=len(rows) // work.batch_size, batch_size=work.batch_size,
+                 micro_tokens=work.micro_tokens, lr=1e-5, dtype=dtype, compile=work.compile)
         return work.n_tokens
     return run
 
