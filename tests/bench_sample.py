@@ -3,16 +3,28 @@ How fast is the sampler? The same random weights, prompts and output lengths for
 interleaved rounds, with the medians and their ratios to ours. A run by hand, not a test: nothing here can fail.
 
 The work: prompts of 20 to 150 tokens, K samples of each, whose lengths are log-normal with median 75 and at most 128, known to
-nobody in advance (an engine is stopped there, or its row's surplus is not counted). Tokens a second are of the samples alone.
+nobody in advance. Ours, vLLM and OpenVINO GenAI take a budget for each sample and end it there; transformers and CTranslate2 know
+none, so that a batch runs to its longest sample and the others' surplus is not counted. Tokens a second are of the samples alone.
+
+Every engine runs in a process of its own, on the same pinned cores, and by the python that --pythons names for it (default: this
+one), since they want different versions of torch: an environment with vllm (on a CPU: one of its CPU builds), one with openvino-genai
+and optimum-intel[openvino], one with ctranslate2, transformers and torch.
 
 $ python tests/bench_sample.py                                     # the Llama shape in fp32, one thread, 32 prompts * 8
 $ python tests/bench_sample.py --prompts=4 --k=96 --dtype=bfloat16
 $ python tests/bench_sample.py --shape=gpt2 --threads=2
-$ python tests/bench_sample.py --shape=llama7b --device=cuda --dtype=bfloat16 --prompts=8 --k=32 --engines=ours
+$ python tests/bench_sample.py --engines=all --pythons=vllm=envs/vllm/bin/python,openvino=envs/openvino/bin/python
+$ python tests/bench_sample.py --scan=k --engines=ours             # a table over K; also rows, prompt and spread
+$ python tests/bench_sample.py --shape=llama7b --device=cuda --dtype=bfloat16 --prompts=8 --k=32 --engines=ours,vllm
 """
+import contextlib
+import importlib.util
+import json
 import os
+import subprocess
 import sys
 import time
+import types
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -26,11 +38,13 @@ spread = 0.5          # standard deviation of the logarithm of a length
 most_tokens = 128     # the longest sample
 shortest = 20         # tokens of a prompt
 longest = 150
-engines = 'ours,transformers_dynamic,transformers_static'
-max_rows = 256        # ours: samples decoded at a time
-batch = 64            # transformers: samples decoded at a time
+engines = 'ours,transformers_dynamic,transformers_static'  # also vllm, openvino, ctranslate2; 'all': those that are installed
+pythons = ''          # 'vllm=PYTHON,openvino=PYTHON': the interpreters of engines that are not installed beside this one
+max_rows = 256        # ours, vLLM, OpenVINO: samples decoded at a time
+batch = 64            # transformers, CTranslate2: samples decoded at a time
+scan = ''             # 'rows', 'k', 'prompt' or 'spread': a table over some values of this setting, a round each
 dtype = 'float32'     # or 'bfloat16'
-threads = 1
+threads = 1           # and as many cores, the first ones that this process may use
 rounds = 3
 device = 'cpu'
 seed = 0
@@ -45,97 +59,360 @@ SHAPES = {
     'llama7b': dict(vocab_size=32000, n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, head_dim=128, n_inner=11008, tied=False),
 }
 
+SCANS = {  # what --scan=NAME sets, a line of the table each
+    'rows': [dict(max_rows=n, batch=n) for n in (16, 32, 64, 128, 256)],
+    'k': [dict(prompts=128 // n, k=n) for n in (1, 4, 16, 64)],
+    'prompt': [dict(shortest=n, longest=n) for n in (20, 80, 160, 320)],
+    'spread': [dict(spread=x, most_tokens=300) for x in (0.0, 0.25, 0.5, 0.75)],
+}
+
+
+# -----------------------------------------------------------------------------
+# the engines: each takes the folder of the exported model and the work's settings, and returns a function of rows, which are
+# (prompt ids, tokens to draw), that draws them and returns the number of tokens that it drew
+
+def batches(rows, batch):
+    """For an engine without budgets of its own for every row: (prompts of similar length, the most tokens that one of them draws)."""
+    rows = sorted(rows, key=lambda row: -len(row[0]))
+    parts = [rows[i:i + batch] for i in range(0, len(rows), batch)]
+    return [([p for p, _ in part], max(n for _, n in part)) for part in parts]
+
+
+def ours(folder, work):
+    import torch
+
+    from model import Transformer, setup
+    from sample import Sampler
+    torch.set_num_threads(work.threads)
+    device, dtype = setup(work.device, work.dtype, work.seed)
+    model = Transformer.from_pretrained(folder, device, dtype).requires_grad_(False)
+
+    class NoTokenizer:
+        """Ids in, ids out; no id ends a sample."""
+        eos, vocab_size, labels, newline_ids = -1, model.config.vocab_size, None, ()
+
+    sampler = Sampler(model, NoTokenizer(), work.max_rows, dtype)
+    return lambda rows: sum(len(s.ids) for s in sampler.generate([p for p, _ in rows], 1, [n for _, n in rows], 1.0))
+
+
+def transformers(folder, work, cache='dynamic'):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from model import setup
+    torch.set_num_threads(work.threads)
+    device, dtype = setup(work.device, work.dtype, work.seed)  # the faster matrix products of fast_cpu_matmul, too
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+    def run(rows):
+        drawn = 0
+        for part, most in batches(rows, work.batch):
+            width = max(map(len, part))
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=most, min_new_tokens=most, do_sample=True, top_k=0, pad_token_id=0,
+                                 cache_implementation=cache)
+            drawn += out[:, width:].numel()
+        return drawn
+    return run
+
+
+def vllm(folder, work):
+    os.environ |= {'VLLM_ENABLE_V1_MULTIPROCESSING': '0', 'VLLM_NO_USAGE_STATS': '1', 'HF_HUB_OFFLINE': '1'}
+    if work.device == 'cpu':
+        os.environ |= {'VLLM_CPU_OMP_THREADS_BIND': ','.join(map(str, work.cores)), 'VLLM_CPU_KVCACHE_SPACE': '2'}  # GiB, more than is used
+    from vllm import LLM, SamplingParams
+    llm = LLM(folder, skip_tokenizer_init=True, dtype=work.dtype, max_model_len=work.block_size, max_num_seqs=work.max_rows, seed=work.seed,
+              enable_prefix_caching=True)
+
+    def run(rows):
+        given = [{'prompt_token_ids': p} for p, _ in rows]
+        parameters = [SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False) for _, n in rows]
+        found = llm.generate(given, parameters, use_tqdm=False)
+        llm.reset_prefix_cache()  # within a round a prompt's samples share it; from one round to the next would be cheating
+        return sum(len(one.outputs[0].token_ids) for one in found)
+    return run
+
+
+def openvino(folder, work):
+    subprocess.run([sys.executable, '-m', 'optimum.commands.optimum_cli', 'export', 'openvino', '--model', folder, '--weight-format', 'fp32',
+                    '--task', 'text-generation-with-past', folder + '/openvino'], check=True, stdout=2)
+    import openvino as ov
+    import openvino_genai as genai
+    scheduler = genai.SchedulerConfig()
+    scheduler.max_num_seqs, scheduler.cache_size, scheduler.enable_prefix_caching = work.max_rows, 2, True  # 2 GiB
+    precision = {'float32': 'f32', 'bfloat16': 'bf16'}[work.dtype]
+    # The cache in the type of the products too: by default it would be 8-bit, which is other arithmetic than everyone else's.
+    properties = {'INFERENCE_PRECISION_HINT': precision, 'KV_CACHE_PRECISION': precision, 'INFERENCE_NUM_THREADS': work.threads,
+                  'DYNAMIC_QUANTIZATION_GROUP_SIZE': 0}
+    pipeline = genai.ContinuousBatchingPipeline(folder + '/openvino', scheduler, 'CPU', properties)
+    n_runs = 0
+
+    def run(rows):
+        nonlocal n_runs
+        n_runs += 1  # other ids in every round, since nothing empties its prefix cache
+        given = [ov.Tensor([[(i + n_runs) % work.vocab_size for i in p]]) for p, _ in rows]
+        parameters = [genai.GenerationConfig(do_sample=True, temperature=1.0, max_new_tokens=n, ignore_eos=True) for _, n in rows]
+        return sum(len(one.m_generation_ids[0]) for one in pipeline.generate(given, parameters))
+    return run
+
+
+def ctranslate2(folder, work):
+    subprocess.run([sys.executable, '-m', 'ctranslate2.converters.transformers', '--model', folder, '--output_dir', folder + '/ctranslate2'],
+                   check=True, stdout=2)
+    import ctranslate2 as ct2
+    generator = ct2.Generator(folder + '/ctranslate2', device=work.device, compute_type=work.dtype, inter_threads=1, intra_threads=work.threads)
+
+    def run(rows):
+        drawn = 0
+        for part, most in batches(rows, work.batch):
+            found = generator.generate_batch([[f't{i}' for i in p] for p in part], max_length=most, min_length=most, sampling_topk=0,
+                                             include_prompt_in_result=False)
+            drawn += sum(len(one.sequences_ids[0]) for one in found)
+        return drawn
+    return run
+
+
+# name: (function, the module that must be installed, whether it runs on a GPU)
+ENGINES = {
+    'ours': (ours, 'torch', True),
+    'transformers_dynamic': (transformers, 'transformers', True),
+    'transformers_static': (lambda folder, work: transformers(folder, work, 'static'), 'transformers', True),
+    'vllm': (vllm, 'vllm', True),
+    'openvino': (openvino, 'openvino_genai', False),
+    'ctranslate2': (ctranslate2, 'ctranslate2', True),
+}
+
+
+# -----------------------------------------------------------------------------
+# an engine's own process: it answers 'ready', and then every line 'go' by a line: seconds, CPU seconds, bytes of its peak memory
+
+def serve(engines):
+    """The process's side. engines: {name: (function, module, ...)}. What libraries print goes to stderr, a file."""
+    name, folder = sys.argv[2:]
+    answers = os.fdopen(os.dup(1), 'w', buffering=1)
+    os.dup2(2, 1)
+    function, module = engines[name][:2]
+    if importlib.util.find_spec(module) is None:
+        answers.write('missing\n')
+        return
+    with open(os.path.join(folder, 'work.json')) as f:
+        work = types.SimpleNamespace(**json.load(f))
+    run = function(folder, work)
+    run(work.warm_up)
+    if work.device == 'cpu':  # the peak from here on: neither loading nor converting
+        with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w') as f:
+            f.write('5')
+    answers.write('ready\n')
+    for _ in sys.stdin:
+        start, cpu = time.perf_counter(), time.process_time()
+        drawn = run(work.rows)
+        if work.device == 'cuda':
+            import torch
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        assert drawn >= work.n_tokens, f'{drawn} tokens drawn, not {work.n_tokens}'
+        answers.write(f'{seconds} {time.process_time() - cpu} {peak_memory(work.device)}\n')
+
+
+def peak_memory(device):
+    """Bytes: of this process, or where the device is a GPU those that torch took there."""
+    if device == 'cuda':
+        import torch
+        return torch.cuda.max_memory_allocated()
+    if not os.path.exists('/proc/self/status'):
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    with open('/proc/self/status') as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
+
+
+class Worker:
+    """This side of it. UserError with the last line of its output where the engine fails."""
+
+    def __init__(self, script, name, folder, python=''):
+        self.name, self.log, self.seconds, self.cpu = name, os.path.join(folder, name + '.log'), [], []
+        with open(self.log, 'w') as log:
+            self.process = subprocess.Popen([python or sys.executable, script, '--worker', name, folder], text=True, stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE, stderr=log)
+        self.installed = self.answer() == 'ready'
+
+    def answer(self):
+        line = self.process.stdout.readline().strip()
+        if not line:
+            from config import UserError
+            with open(self.log, errors='replace') as f:
+                output = f.read()
+            said = [line for line in output.splitlines() if line.strip()] or ['it said nothing']
+            if os.environ.get('BENCH_DEBUG'):
+                print(output)
+            raise UserError(f'{self.name} failed: {said[-1].strip()[:300]} (BENCH_DEBUG=1 shows all of its output)')
+        return line
+
+    def go(self):
+        self.process.stdin.write('go\n')
+        self.process.stdin.flush()
+        seconds, cpu, self.peak = map(float, self.answer().split())
+        self.seconds.append(seconds)
+        self.cpu.append(cpu)
+
+    def cores(self):
+        """How many it kept busy: with clearly less than its threads, something else ran beside it, and the times mean little."""
+        return sum(self.cpu) / sum(self.seconds)
+
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def started(script, names, folder, interpreters=None, optional=False):
+    """The engines' processes. One that is not installed, or fails, is refused, or if `optional` left out with a line."""
+    from config import UserError
+    workers = []
+    try:
+        for name in names:
+            python = (interpreters or {}).get(name, '')
+            try:
+                worker = Worker(script, name, folder, python)
+                if not worker.installed:
+                    worker.stop()
+                    raise UserError(f'{name} is not installed for {python or "this python"}; --pythons={name}=PYTHON names another one')
+                workers.append(worker)
+            except UserError as error:
+                if not optional:
+                    raise
+                print(f'left out: {error}')
+        yield workers
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def ratio(workers, worker):
+    """How much faster than ours: the median over rounds, nan without ours."""
+    import statistics
+    for first in workers:
+        if first.name == 'ours':
+            return statistics.median(a / b for a, b in zip(first.seconds, worker.seconds))
+    return float('nan')
+
+
+def pin(threads, device='cpu'):
+    """Keeps this process, and those that it starts, to as many of its cores as there are threads, and returns their numbers."""
+    from config import UserError
+    os.environ |= {name: str(threads) for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}  # before torch is loaded
+    if device != 'cpu' or not hasattr(os, 'sched_setaffinity'):
+        return list(range(threads))
+    cores = sorted(os.sched_getaffinity(0))
+    if threads > len(cores):
+        raise UserError(f'threads = {threads}, but this process may use {len(cores)} cores')
+    os.sched_setaffinity(0, cores[:threads])
+    return cores[:threads]
+
+
 if __name__ == '__main__':
-    from config import override
+    if sys.argv[1:2] == ['--worker']:
+        serve(ENGINES)
+        raise SystemExit
+    from config import UserError, override
     settings = override(globals())
-    os.environ['OMP_NUM_THREADS'] = str(threads)  # before torch is loaded
+    if shape not in SHAPES:
+        raise UserError(f'shape is one of {", ".join(SHAPES)}')
+    if scan and scan not in SCANS:
+        raise UserError(f'scan is one of {", ".join(SCANS)}')
+    optional = engines == 'all'
+    names = [name for name in ENGINES if device == 'cpu' or ENGINES[name][2]] if optional else engines.split(',')
+    interpreters = dict(item.partition('=')[::2] for item in pythons.split(',') if item)
+    for name in names + list(interpreters):
+        if name not in ENGINES:
+            raise UserError(f'engines are a list of {", ".join(ENGINES)}, or all; not {name!r}')
+        if device != 'cpu' and not ENGINES[name][2]:
+            raise UserError(f'{name} runs on the CPU alone')
+    for name, python in interpreters.items():
+        if not os.path.exists(python):
+            raise UserError(f'pythons: {name} has no python at {python!r}')
+    cores = pin(threads, device)
     import random
-    import resource
     import statistics
     import tempfile
 
     import torch
 
-    from config import UserError
-    from model import ModelConfig, Transformer, setup
-    from sample import Sampler
+    from model import ModelConfig, Transformer, memory_bandwidth, setup
 
-    if shape not in SHAPES:
-        raise UserError(f'shape is one of {", ".join(SHAPES)}')
     torch.set_num_threads(threads)
-    device, dtype = setup(device, dtype, seed)
-    with torch.device(device):
-        model = Transformer(ModelConfig(block_size=512, **SHAPES[shape])).init_weights().to(dtype).requires_grad_(False)
-    V, rng = model.config.vocab_size, random.Random(seed)
-    texts = [[rng.randrange(V) for _ in range(rng.randint(shortest, longest))] for _ in range(prompts)]
-    lengths = [[min(most_tokens, max(1, round(median_tokens * rng.lognormvariate(0, spread)))) for _ in range(k)] for _ in range(prompts)]
+    torch_device, torch_dtype = setup(device, dtype, seed)
+    model = Transformer(ModelConfig(block_size=512, **SHAPES[shape])).init_weights().to(torch_dtype)
+    V, C = model.config.vocab_size, model.config
+
+    def measure(folder):
+        """Runs the work of the settings as they are now -> (prompts, lengths, workers with their seconds)."""
+        rng = random.Random(seed)
+        texts = [[rng.randrange(V) for _ in range(rng.randint(shortest, longest))] for _ in range(prompts)]
+        lengths = [[min(most_tokens, max(1, round(median_tokens * rng.lognormvariate(0, spread)))) for _ in range(k)] for _ in range(prompts)]
+        rows = [(p, n) for p, row in zip(texts, lengths) for n in row]
+        if max(len(p) + n for p, n in rows) > C.block_size:
+            raise UserError(f'a prompt and its samples take more than the context of {C.block_size} tokens')
+        work = dict(rows=rows, warm_up=rows[::4], n_tokens=sum(n for _, n in rows), max_rows=max_rows, batch=batch, dtype=dtype,
+                    threads=threads, cores=cores, device=device, seed=seed, block_size=C.block_size, vocab_size=V)
+        with open(os.path.join(folder, 'work.json'), 'w') as f:
+            json.dump(work, f)
+        with started(os.path.abspath(__file__), names, folder, interpreters, optional) as workers:
+            for _ in range(1 if scan else rounds):
+                for worker in workers:
+                    worker.go()
+        return texts, lengths, workers
+
+    with tempfile.TemporaryDirectory() as root:
+        folder = os.path.join(root, 'model')
+        model.save_pretrained(folder)
+        # A tokenizer of one word an id, since some engines load none but folders with one; nothing is ever tokenized.
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+        words = Tokenizer(models.WordLevel({f't{i}': i for i in range(V)}, unk_token='t0'))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token='t0', bos_token='t1', eos_token='t2').save_pretrained(folder)
+
+        if scan:
+            print(f'{shape}, {dtype}, {device}, {threads} threads')
+            print(f'| {scan} | engine | tokens | tokens/s | to ours | cores busy | peak GiB |\n|---|---|---|---|---|---|---|')
+            for changes in SCANS[scan]:
+                globals().update(changes)
+                texts, lengths, workers = measure(folder)
+                n_tokens = sum(map(sum, lengths))
+                for worker in workers:
+                    print(f'| {", ".join(f"{name}={value}" for name, value in changes.items())} | {worker.name} | {n_tokens:,} '
+                          f'| {n_tokens / worker.seconds[0]:,.0f} | {ratio(workers, worker):.2f} | {worker.cores():.2f} '
+                          f'| {worker.peak / 2 ** 30:.2f} |')
+            raise SystemExit
+        texts, lengths, workers = measure(folder)
+
+    # The roofline. Matrix products of that work, at the rate of one product of max_rows rows with the largest weight; the prompts are
+    # read once each. And the bytes that decoding must read: all weights for every max_rows tokens, a sample's own keys and values for
+    # each of its tokens, and those of its prompt once a step for all of the prompt's samples.
     n_tokens = sum(map(sum, lengths))
-
-    class NoTokenizer:
-        """Ids in, ids out; no id ends a sample."""
-        eos, vocab_size, labels, newline_ids = -1, V, None, ()
-
-    def ours():
-        sampler = Sampler(model, NoTokenizer(), max_rows, dtype)
-        rows = [p for p in texts for _ in range(k)]
-        samples = sampler.generate(rows, 1, [n for row in lengths for n in row], 1.0)
-        assert sum(len(s.ids) for s in samples) == n_tokens
-
-    theirs = None
-
-    def transformers_loop(cache):
-        global theirs
-        if theirs is None:
-            from transformers import AutoModelForCausalLM
-            with tempfile.TemporaryDirectory() as folder:
-                model.save_pretrained(folder)
-                theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-        rows = sorted(((p, n) for p, row in zip(texts, lengths) for n in row), key=lambda row: -len(row[0]))
-        for i in range(0, len(rows), batch):
-            part = rows[i:i + batch]
-            width = max(len(p) for p, _ in part)
-            ids = torch.tensor([[0] * (width - len(p)) + p for p, _ in part], device=device)
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p, _ in part], device=device)
-            most = max(n for _, n in part)  # as if each row's EOS came where its length ends: the batch runs to the longest
-            theirs.generate(ids, attention_mask=mask, max_new_tokens=most, min_new_tokens=most, do_sample=True, top_k=0, pad_token_id=0,
-                            cache_implementation=cache)
-
-    runs = {'ours': ours, 'transformers_dynamic': lambda: transformers_loop('dynamic'), 'transformers_static': lambda: transformers_loop('static')}
-    names = engines.split(',')
-    for name in names:
-        if name not in runs:
-            raise UserError(f'engines are a list of {", ".join(runs)}')
-        runs[name]()  # warm-up
-    seconds = {name: [] for name in names}
-    for _ in range(rounds):
-        for name in names:
-            if device.type == 'cuda':
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            runs[name]()
-            if device.type == 'cuda':
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-
-    # The roofline: matrix products of that work at the rate of one product of max_rows rows with the largest weight.
-    linear = 2 * sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name.startswith('blocks'))
-    head = 2 * model.head.weight.numel()
-    a, w = torch.randn(max_rows, model.config.n_embd, dtype=dtype, device=device), model.blocks[0].mlp.up.weight
-    rate = 0.0
+    linear, head = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name.startswith('blocks')), model.head.weight.numel()
+    flops = 2 * linear * (n_tokens + sum(map(len, texts))) + 2 * head * n_tokens
+    a = torch.randn(max_rows, C.n_embd, dtype=torch_dtype, device=torch_device)
+    w, rate = model.blocks[0].mlp.up.weight.detach().to(torch_device), 0.0
     for _ in range(5):
         start = time.perf_counter()
         for _ in range(10):
             torch.nn.functional.linear(a, w)
-        if device.type == 'cuda':
+        if device == 'cuda':
             torch.cuda.synchronize()
         rate = max(rate, 10 * 2 * a.numel() * len(w) / (time.perf_counter() - start))
-    bound = n_tokens * rate / (linear * (n_tokens + sum(map(len, texts))) + head * n_tokens)  # the prompts are read once each
-    print(f'{shape}, {dtype}, {device}, {threads} threads: {prompts} prompts * {k} = {n_tokens:,} tokens; '
-          f'{rate / 1e9:.0f} GFLOP/s, so that matrix products alone allow {bound:.0f} tokens/s')
-    print('| engine | tokens/s (median) | to ours (median of pairs) | of the matrix-product roofline |\n|---|---|---|---|')
-    for name in names:
-        speed = n_tokens / statistics.median(seconds[name])
-        ratio = statistics.median(a / b for a, b in zip(seconds['ours'], seconds[name])) if 'ours' in names else float('nan')
-        print(f'| {name} | {speed:.0f} | {ratio:.2f} | {100 * speed / bound:.0f}% |')
-    peak = torch.cuda.max_memory_allocated() if device.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f'peak memory of this process: {peak / 2 ** 30:.2f} GiB')
+    read = (linear + head) * n_tokens / max_rows
+    read += 2 * C.n_layer * C.n_kv_head * C.head_dim * (sum(n * n / 2 for row in lengths for n in row)
+                                                        + sum(len(p) * max(row) for p, row in zip(texts, lengths)))
+    read, bandwidth = read * a.element_size(), memory_bandwidth(torch_device)
+    print(f'{shape}, {dtype}, {device}, {threads} threads: {prompts} prompts * {k} = {n_tokens:,} tokens')
+    print(f'{rate / 1e9:,.0f} GFLOP/s: matrix products alone allow {n_tokens * rate / flops:,.0f} tokens/s')
+    print(f'{bandwidth / 1e9:,.0f} GB/s: reading weights, keys and values alone allows {n_tokens * bandwidth / read:,.0f} tokens/s')
+    print('| engine | tokens/s (median) | to ours (median of pairs) | of the matrix products | of the bandwidth | cores busy | peak GiB |\n'
+          '|---|---|---|---|---|---|---|')
+    for worker in workers:
+        seconds = statistics.median(worker.seconds)
+        print(f'| {worker.name} | {n_tokens / seconds:,.0f} | {ratio(workers, worker):.2f} | {100 * flops / seconds / rate:.0f}% '
+              f'| {100 * read / seconds / bandwidth:.0f}% | {worker.cores():.2f} | {worker.peak / 2 ** 30:.2f} |')
