@@ -28,7 +28,7 @@ import eval as evaluation
 import rewards
 from config import Log, UserError, bar, override, read_rows, read_run, start_run
 from model import Transformer, autocast, learning_rate, load_state, make_optimizer, save_state, setup
-from sample import Example, Sampler, action_logprobs, check_same_tokenizer, collate, load_tokenizer, micro_batches
+from sample import Example, Sampler, action_logprobs, check_same_tokenizer, collate, load_tokenizer, micro_batches, real_cells
 
 # -----------------------------------------------------------------------------
 # data
@@ -190,12 +190,13 @@ def evaluate_actions(model, critic, examples, temperature, dtype, with_entropy=F
     without a critic; where the critic is the model itself, its head reads the same hidden states."""
     ids, actions = collate(examples, model.embed.weight.device, model.config.block_size + 1)
     at = actions[:, 1:]                                                       # position t predicts the action at t + 1
+    cells = real_cells([len(e.ids) - 1 for e in examples], at.shape[1], ids.device)
     with autocast(ids.device, dtype):
-        hidden = (trunk or model.trunk)(ids[:, :-1])[at]                      # (N, C)
+        hidden = (trunk or model.trunk)(ids[:, :-1], cells=cells)[at]         # (N, C)
         logprobs, entropy = action_logprobs(model, hidden, ids[:, 1:][at], temperature, with_entropy)
         values = None
         if critic is not None:
-            values = critic.values(hidden if critic is model else critic.trunk(ids[:, :-1])[at])
+            values = critic.values(hidden if critic is model else critic.trunk(ids[:, :-1], cells=cells)[at])
     return logprobs, values, entropy
 
 

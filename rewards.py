@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from config import Log, UserError, bar, override, read_rows, read_run, start_run
 from model import Transformer, autocast, find_checkpoint, learning_rate, make_optimizer, setup
-from sample import Sampler, answer, check_same_tokenizer, collate, epoch_order, load_tokenizer, micro_batches
+from sample import Sampler, answer, check_same_tokenizer, collate, epoch_order, load_tokenizer, micro_batches, real_cells
 
 # -----------------------------------------------------------------------------
 task = 'arithmetic'       # data/<task>/, or a folder with train.jsonl and test.jsonl
@@ -437,8 +437,9 @@ def score(model, examples, max_tokens, dtype=torch.float32):
     scores = [None] * len(examples)
     for micro in micro_batches(range(len(examples)), max_tokens, lambda i: len(examples[i].ids)):
         ids, actions = collate([examples[i] for i in micro], model.embed.weight.device, model.config.block_size)
+        cells = real_cells([len(examples[i].ids) for i in micro], ids.shape[1], ids.device)
         with autocast(ids.device, dtype):
-            p = model.values(model.trunk(ids)[actions]).sigmoid().cpu()
+            p = model.values(model.trunk(ids, cells=cells)[actions]).sigmoid().cpu()
         for i, s in zip(micro, p.split([len(examples[i].ids) - examples[i].n_prompt for i in micro])):
             scores[i] = s
     return scores
@@ -513,10 +514,11 @@ def fit(model, rows, steps, log, *, batch_size=64, micro_tokens=16384, lr=1e-5, 
         n_labels, total = sum(not math.isnan(x) for row in batch for x in row.labels), 0.0
         for micro in micro_batches(batch, micro_tokens):
             ids, actions = collate(micro, device, model.config.block_size)
+            cells = real_cells([len(row.ids) for row in micro], ids.shape[1], device)
             labels = torch.tensor([x for row in micro for x in row.labels], device=device)
             known = ~labels.isnan()
             with autocast(device, dtype):
-                logits = model.values(model.trunk(ids)[actions])
+                logits = model.values(model.trunk(ids, cells=cells)[actions])
             loss = F.binary_cross_entropy_with_logits(logits[known], labels[known], reduction='sum') / n_labels
             loss.backward()
             total += loss.item()

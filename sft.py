@@ -19,7 +19,8 @@ import eval as evaluation
 import rewards
 from config import Log, UserError, bar, override, read_run, start_run
 from model import ModelConfig, Transformer, autocast, learning_rate, load_state, make_optimizer, peak_flops, save_state, setup
-from sample import Example, Sampler, action_logprobs, collate, epoch_order, learn_bpe, load_tokenizer, micro_batches, padded_length
+from sample import (Example, Sampler, action_logprobs, collate, epoch_order, learn_bpe, load_tokenizer, micro_batches, n_computed,
+                    padded_length, real_cells)
 
 # -----------------------------------------------------------------------------
 # data
@@ -100,10 +101,11 @@ def join(texts, n):
 
 def loss_sum(model, examples, trunk=None):
     """Summed cross-entropy of the learned tokens, a scalar. Padding stands on the right, where causal attention keeps it
-    from the real tokens, and the output projection is computed for the positions with a loss alone, in chunks. trunk: model.trunk,
-    or a compiled form of it."""
+    from the real tokens; beyond attention next to none of it is computed, and the output projection for the positions with a loss
+    alone. trunk: model.trunk, or a compiled form of it."""
     ids, learned = collate(examples, model.embed.weight.device, model.config.block_size + 1)
-    hidden = (trunk or model.trunk)(ids[:, :-1])              # (B, T - 1, C): position t predicts token t + 1
+    cells = real_cells([len(e.ids) - 1 for e in examples], ids.shape[1] - 1, ids.device)
+    hidden = (trunk or model.trunk)(ids[:, :-1], cells=cells)  # (B, T - 1, C): position t predicts token t + 1
     logprobs, _ = action_logprobs(model, hidden[learned[:, 1:]], ids[:, 1:][learned[:, 1:]])
     return -logprobs.sum()
 
@@ -125,8 +127,9 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
     """Fine-tunes model in place on a list of Example and returns the number of updates.
 
     evaluate(step, optimizer), if given, is called every eval_interval updates (0: an epoch) and after the last one.
-    log(step, **metrics), if given, gets every so often the loss (nats a learned token), lr, gradient norm, speed and padding share;
-    mfu is the share of the measured peak of matrix products that the real tokens needed, backward as two forward passes.
+    log(step, **metrics), if given, gets every so often the loss (nats a learned token), lr, gradient norm, speed and padding share,
+    that of the tokens for which everything but attention is computed; mfu is the share of the measured peak of matrix products that
+    the real tokens needed, backward as two forward passes.
     Each epoch is a fresh permutation of the examples (epoch_order), and an update may straddle two epochs; so optimizer and
     start_step are all it takes to go on from a checkpoint. UserError if the loss is not finite."""
     if not examples:
@@ -155,7 +158,8 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
                 loss = loss_sum(model, micro, trunk) / n_tokens
             loss.backward()
             total += loss.item()
-            n_padded += len(micro) * (padded_length(micro, model.config.block_size + 1) - 1)
+            n_cells = len(micro) * (padded_length(micro, model.config.block_size + 1) - 1)
+            n_padded += n_computed(sum(len(e.ids) - 1 for e in micro), n_cells)
         # 3. the update
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
         if not (math.isfinite(total) and math.isfinite(norm)):

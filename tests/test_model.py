@@ -1,6 +1,7 @@
 """The Transformer against transformers' own models, and its life on disk."""
 import json
 import os
+import random
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from config import UserError
 from model import (KVCache, ModelConfig, Transformer, config_from_hf, config_to_hf, fast_cpu_matmul, load_state, make_optimizer,
                    save_state, setup)
+from sample import real_cells
 
 V = 130
 LLAMA = dict(vocab_size=V, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
@@ -286,6 +288,42 @@ def test_initialisation_keeps_the_first_loss_near_uniform():
     logits = Transformer(ModelConfig()).init_weights()(torch.randint(0, 512, (4, 64)))
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.randint(0, 512, (256,)))
     assert abs(loss.item() - torch.log(torch.tensor(512.0)).item()) < 0.3
+
+
+@pytest.mark.parametrize('changes', [{}, GPT2, dict(family='qwen3', qk_norm=True)])
+@pytest.mark.parametrize('again', [False, True])
+def test_padding_is_not_computed_and_does_not_matter(changes, again):
+    """Packed against padded: the same hidden states and gradients at the tokens, from as many rows in each linear layer as there are
+    tokens (14 of 30), whatever ids stand in the padding."""
+    model, lengths = loud(Transformer(tiny_config(V, **changes))), (10, 1, 3)
+    model.grad_checkpointing = again
+    ids, real = torch.randint(0, V, (3, 10)), torch.arange(10) < torch.tensor(lengths)[:, None]
+    weight, rows = torch.randn(14, model.config.n_embd), []
+    for block in model.blocks:
+        for layer in (block.attention.qkv, block.attention.out, block.mlp.up, block.mlp.out):
+            layer.register_forward_hook(lambda layer, x, y: rows.append(y.shape[:-1].numel()))
+
+    def hidden_and_gradients(cells):
+        hidden = model.trunk(ids, cells=cells)[real]
+        return hidden, *torch.autograd.grad((hidden * weight).sum(), [p for name, p in model.named_parameters() if not name.startswith('head')])
+
+    padded = hidden_and_gradients(None)
+    assert set(rows) == {30}
+    rows.clear()
+    for a, b in zip(hidden_and_gradients(real_cells(lengths, 10, 'cpu')), padded):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert set(rows) == {14}
+
+
+def test_a_compiled_trunk_is_not_compiled_again():
+    """Three micro-batches of a PPO iteration, one of them without padding, make all the graphs there are; others only vary in sizes."""
+    model, rng = loud(Transformer(tiny_config(V))), random.Random(0)
+    trunk = torch.compile(model.trunk, dynamic=True, backend='eager')
+    batches = [[30, 20, 7], [11, 12], [16, 16]] + [[rng.randint(1, 60) for _ in range(rng.randint(2, 9))] for _ in range(20)] + [[40, 40, 40]]
+    for i, lengths in enumerate(batches):
+        ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+        with torch.compiler.set_stance('default' if i < 3 else 'fail_on_recompile'):
+            trunk(ids, cells=real_cells(lengths, max(lengths), 'cpu')).sum().backward()
 
 
 def test_fast_matmul_is_true_fp32():
