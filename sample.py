@@ -256,13 +256,14 @@ def token_logprobs(logits, ids, temperature=1.0):
     """log p(ids) under softmax(logits / temperature), as gather minus logsumexp: no (.., V) log-softmax is kept.
 
     logits: (..., V) fp32. ids: (...). Returns (...) fp32. The one definition that sampler and trainers share."""
-    logits = logits / temperature
+    logits = logits if temperature == 1 else logits / temperature  # spares a copy of the largest tensor there is
     return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
-def action_logprobs(model, hidden, ids, temperature=1.0, with_entropy=False, chunk=1024):
+def action_logprobs(model, hidden, ids, temperature=1.0, with_entropy=False, chunk=1024, kept=2 ** 27):
     """Log-probs of ids (N,) predicted from hidden (N, C), and the entropies of the same distributions (None unless asked
-    for); each (N,) fp32. In chunks whose logits are computed again in backward: (chunk, V) numbers live and never (N, V)."""
+    for); each (N,) fp32. Where autograd would keep more than `kept` logits for backward (half a GiB), in chunks whose logits are
+    computed again in backward: (chunk, V) numbers live and never (N, V)."""
     def part(hidden, ids):
         logits = model.logits(hidden)
         logprobs = token_logprobs(logits, ids, temperature)
@@ -271,7 +272,9 @@ def action_logprobs(model, hidden, ids, temperature=1.0, with_entropy=False, chu
         logp = (logits / temperature).log_softmax(-1)
         return logprobs, -(logp.exp() * logp).sum(-1)
 
-    again = torch.is_grad_enabled() and len(ids) > chunk
+    again = torch.is_grad_enabled() and len(ids) * model.config.vocab_size > kept
+    if torch.is_grad_enabled() and not again:
+        chunk = len(ids)  # at once: each chunk would add a gradient of its own to that of the output projection
     parts = [checkpoint(part, h, i, use_reentrant=False) if again else part(h, i)
              for h, i in zip(hidden.split(chunk), ids.split(chunk))]
     return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts]) if with_entropy else None

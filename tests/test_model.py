@@ -1,12 +1,15 @@
 """The Transformer against transformers' own models, and its life on disk."""
 import json
 import os
+import platform
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
-from conftest import GPT2, loud, real_data, tiny_config
+from conftest import GPT2, ROOT, loud, real_data, tiny_config
 from safetensors.torch import load_file, save_file
 
 from config import UserError
@@ -335,6 +338,16 @@ def test_fast_matmul_is_true_fp32():
         assert error < 1e-4
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='a setting of glibc')
+def test_freed_memory_is_kept():
+    """A tensor of 64 MB is 16,384 pages, which it finds in place once the heap is large enough for it and its neighbours."""
+    code = ('import resource, torch, model\nmodel.keep_freed_memory()\n'
+            'for _ in range(12):\n    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n    torch.zeros(2 ** 24)\n'
+            '    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)')
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert min(map(int, done.stdout.split())) < 1000
 
 
 @pytest.mark.parametrize('arguments, match', [(('abacus',), "device 'abacus' cannot be used"), (('cpu', 'float8'), 'dtype is')])

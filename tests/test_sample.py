@@ -210,8 +210,8 @@ def test_logprobs_in_chunks_equal_those_at_once_and_so_do_their_gradients(model)
     ids = torch.arange(23) % model.config.vocab_size
     plain = torch.distributions.Categorical(logits=model.logits(hidden) / 0.7)
     expected = torch.autograd.grad(plain.log_prob(ids).sum() + 2 * plain.entropy().sum(), [hidden, model.embed.weight])
-    for chunk in (5, 100):
-        logprobs, entropy = action_logprobs(model, hidden, ids, 0.7, True, chunk)
+    for chunk, most in ((5, 0), (5, 2 ** 27), (100, 0)):
+        logprobs, entropy = action_logprobs(model, hidden, ids, 0.7, True, chunk, most)
         assert torch.allclose(logprobs, plain.log_prob(ids), atol=1e-5) and torch.allclose(entropy, plain.entropy(), atol=1e-5)
         found = torch.autograd.grad(logprobs.sum() + 2 * entropy.sum(), [hidden, model.embed.weight])
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected))
@@ -219,14 +219,16 @@ def test_logprobs_in_chunks_equal_those_at_once_and_so_do_their_gradients(model)
 
 
 def test_long_batches_of_logprobs_never_hold_all_logits(model):
-    """What autograd keeps for backward: with one chunk the logits of all rows, in chunks none."""
-    def kept(chunk):
+    """What autograd keeps for backward: the logits of all rows where that is allowed, and else none."""
+    V = model.config.vocab_size
+
+    def kept(most):
         sizes = []
         hidden = torch.randn(64, model.config.n_embd, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            action_logprobs(model, hidden, torch.zeros(64, dtype=torch.long), chunk=chunk)
+            action_logprobs(model, hidden, torch.zeros(64, dtype=torch.long), chunk=8, kept=most)
         return max(sizes)
-    assert kept(64) >= 64 * model.config.vocab_size > kept(8)
+    assert kept(64 * V) >= 64 * V > kept(64 * V - 1)
 
 
 def test_batches_from_lengths():
