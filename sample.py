@@ -285,7 +285,7 @@ def draw(logits, u, temperature, top_k=0, top_p=1.0, vocab_size=None):
     is 0; and their log-probs (R,), as token_logprobs gives them (greedy: at temperature 1), whatever top_k and top_p leave out. Ids
     from vocab_size on, which pad the embedding, are never drawn."""
     R, V = logits.shape
-    x = logits / (temperature or 1.0)
+    x = logits if temperature in (0, 1) else logits / temperature
     real = V if vocab_size is None else vocab_size
     top = x[:, :real].max(-1, keepdim=True).values
     p = (x - top).exp_()
