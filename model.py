@@ -195,6 +195,24 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+PROMPT_MULTIPLE = 16  # of tokens to which a cache pads its prompts
+
+
+def round_up(n, multiple):
+    return -(-n // multiple) * multiple
+
+
+def cache_block(device):
+    """Slots for tokens that a cache adds at a time: on a GPU every block is a launch more."""
+    return 32 if torch.device(device).type == 'cpu' else 256
+
+
+def cache_bytes(config, n_prompts, longest, rows, max_new_tokens, dtype, device='cpu'):
+    """What KVCache takes at most: n_prompts of at most `longest` tokens, and rows samples of at most max_new_tokens."""
+    slots = n_prompts * round_up(longest, PROMPT_MULTIPLE) + rows * round_up(max_new_tokens, cache_block(device))
+    return slots * 2 * config.n_layer * config.n_kv_head * config.head_dim * dtype.itemsize
+
+
 class KVCache:
     """Keys and values of samples that started together, so that all have equally many tokens of their own.
 
@@ -209,10 +227,10 @@ class KVCache:
 
     def __init__(self, config, lengths, device, dtype):
         """lengths: (P,) of the prompts. They are filled by trunk(ids, cache=cache), some rows at a time: see `filling`."""
-        P, KV, D, longest = len(lengths), config.n_kv_head, config.head_dim, math.ceil(int(lengths.max()) / 16) * 16
-        on_cpu = torch.device(device).type == 'cpu'
+        P, KV, D, on_cpu = len(lengths), config.n_kv_head, config.head_dim, torch.device(device).type == 'cpu'
+        longest = round_up(int(lengths.max()), PROMPT_MULTIPLE)
         self.lengths, self.n_layer = lengths.to(device), config.n_layer
-        self.block_size = 32 if on_cpu else 256  # on a GPU every block is a launch more
+        self.block_size = cache_block(device)
         self.prompt_k = [torch.zeros(P, KV, D, longest, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.prompt_v = [torch.zeros(P, KV, longest, D, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.keys_first, self.values_turned = on_cpu and dtype == torch.float32, on_cpu and dtype != torch.float32
@@ -226,12 +244,14 @@ class KVCache:
 
     def select(self, rows):
         """Keeps the given rows (ascending): finished ones leave, and prompts without any."""
-        for blocks in (self.k, self.v):
-            blocks[:] = [[block.index_select(0, rows) for block in layer] for layer in blocks]
+        for blocks in self.k + self.v:  # a layer's old ones go before the next layer's are copied
+            blocks[:] = [block.index_select(0, rows) for block in blocks]
         source = self.source[rows]
         prompts, renumbered = source.unique(return_inverse=True)
         if len(prompts) <= 0.7 * len(self.lengths):  # not for each of them: it is a copy
-            self.prompt_k, self.prompt_v = ([t.index_select(0, prompts) for t in tensors] for tensors in (self.prompt_k, self.prompt_v))
+            for tensors in (self.prompt_k, self.prompt_v):
+                for layer, tensor in enumerate(tensors):
+                    tensors[layer] = tensor.index_select(0, prompts)
             self.lengths, source = self.lengths[prompts], renumbered
         self._place(source)
 

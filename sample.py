@@ -508,9 +508,9 @@ class Together:
 
 
 class Sampler:
-    """Sampler(model, tokenizer).generate(prompts) -> list of Sample. max_rows: samples decoded at a time; the cache takes at most
-    (prompts * longest + max_rows * max_new_tokens) * 2 * n_layer * n_kv_head * head_dim numbers, with the prompts of max_rows
-    samples, and for a moment half of that again when rows leave. dtype: of the matrix products. condition:
+    """Sampler(model, tokenizer).generate(prompts) -> list of Sample. max_rows: samples decoded at a time. Their cache takes at most
+    model.cache_bytes(config, prompts, longest prompt, max_rows, max_new_tokens, dtype, device), and for a moment, when rows leave, a
+    layer's part of that again; prompts: those of max_rows samples, at most 1.5 * max_rows. dtype: of the matrix products. condition:
     'good', 'bad' or 'none', what a return-conditioned policy is told before its lines; others are told nothing."""
 
     def __init__(self, model, tokenizer, max_rows=256, dtype=torch.float32, condition='good'):

@@ -57,7 +57,7 @@ if __name__ == '__main__':
     import torch
 
     from config import UserError
-    from model import ModelConfig, Transformer, setup
+    from model import ModelConfig, Transformer, cache_bytes, setup
     from sample import Sampler
 
     if shape not in SHAPES:
@@ -138,4 +138,5 @@ if __name__ == '__main__':
         ratio = statistics.median(a / b for a, b in zip(seconds['ours'], seconds[name])) if 'ours' in names else float('nan')
         print(f'| {name} | {speed:.0f} | {ratio:.2f} | {100 * speed / bound:.0f}% |')
     peak = torch.cuda.max_memory_allocated() if device.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f'peak memory of this process: {peak / 2 ** 30:.2f} GiB')
+    cache = cache_bytes(model.config, min(prompts, max_rows), max(map(len, texts)), min(prompts * k, max_rows), most_tokens, dtype, device)
+    print(f'peak memory of this process: {peak / 2 ** 30:.2f} GiB; our cache: {cache / 2 ** 30:.2f} GiB')

@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import transformers
 from conftest import GPT2, ROOT, TEXTS, loud, real_data, tiny_config
 
 from config import UserError, start_run
-from model import KVCache, Transformer
+from model import KVCache, Transformer, cache_bytes
 from sample import (BPETokenizer, Example, HFTokenizer, Sampler, action_logprobs, bpe_tokenizer, check_same_tokenizer, collate, draw, epoch_order, learn_bpe,
                     load_tokenizer, micro_batches, random_stream, token_logprobs, uniform)
 
@@ -338,6 +339,32 @@ def test_a_prompt_is_prefilled_once_and_rows_are_refilled(model, bpe, monkeypatc
     samples = Sampler(model, bpe, 8).generate(PROMPTS * 3, 8, [5, 9, 20, 30] * 3, 1.5)
     longest = max(len(s.ids) for s in samples)
     assert max(rows) == 8 and sum(r >= 6 for r in rows) > len(rows) - longest  # at most a quarter is free, but in the end
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_the_cache_takes_what_its_formula_says(model, bpe, dtype, monkeypatch):
+    """Exactly that with one batch; in many small ones never more, though rows of several start, and their prompts wait for others."""
+    caches, held, attend = weakref.WeakSet(), [], KVCache.attend
+
+    def spy(cache, layer, *qkv):
+        caches.add(cache)
+        out = attend(cache, layer, *qkv)
+        held.append(sum(t.nbytes for c in caches for t in [*c.prompt_k, *c.prompt_v, *sum(getattr(c, 'k', []) + getattr(c, 'v', []), [])]))
+        return out
+    monkeypatch.setattr(KVCache, 'attend', spy)
+
+    class Endless:
+        """No id ends a sample."""
+        eos, vocab_size, labels, newline_ids = -1, bpe.vocab_size, None, ()
+
+    prompts = [bpe.encode(p) for p in PROMPTS]
+    longest = max(map(len, prompts))
+    for budget in (20, 40):
+        Sampler(model, Endless, 64, dtype).generate(prompts, 4, budget)
+        assert max(held) == cache_bytes(model.config, 4, longest, 16, budget, dtype)
+        held.clear()
+    Sampler(model, Endless, 8, dtype).generate(prompts * 8, 2, [5, 9, 20, 30] * 8)
+    assert cache_bytes(model.config, 4, longest, 8, 30, dtype) / 2 < max(held) <= cache_bytes(model.config, 12, longest, 8, 30, dtype)
 
 
 def test_seeds_and_repeated_prompts(model, bpe):
