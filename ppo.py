@@ -33,7 +33,7 @@ import rewards
 from config import Log, UserError, bar, leave, listen_for_stop, override, read_rows, read_run, resuming, start_run, write_rows
 from model import (Checkpoints, Transformer, asked_to_stop, autocast, backward, enough_memory, finish_gradients, from_all, from_main, learning_rate,
                    make_optimizer, memory_needed, rank, setup, sum_over_processes)
-from sample import Example, Sampler, action_logprobs, answer, check_same_tokenizer, collate, load_tokenizer, my_micro_batches
+from sample import Example, Sampler, action_logprobs, answer, check_same_tokenizer, collate, load_tokenizer, my_micro_batches, real_cells
 
 # -----------------------------------------------------------------------------
 # data
@@ -199,12 +199,13 @@ def evaluate_actions(model, critic, examples, temperature, dtype, with_entropy=F
     without a critic; where the critic is the model itself, its head reads the same hidden states."""
     ids, actions = collate(examples, model.embed.weight.device, model.config.block_size + 1)
     at = actions[:, 1:]                                                       # position t predicts the action at t + 1
+    cells = real_cells([len(e.ids) - 1 for e in examples], at.shape[1], ids.device)
     with autocast(ids.device, dtype):
-        hidden = (trunk or model.trunk)(ids[:, :-1])[at]                      # (N, C)
+        hidden = (trunk or model.trunk)(ids[:, :-1], cells=cells)[at]         # (N, C)
         logprobs, entropy = action_logprobs(model, hidden, ids[:, 1:][at], temperature, with_entropy)
         values = None
         if critic is not None:
-            values = critic.values(hidden) if critic is model else critic.run(rewards.values_at, ids[:, :-1], at)
+            values = critic.values(hidden) if critic is model else critic.run(rewards.values_at, ids[:, :-1], at, cells)
     return logprobs, values, entropy
 
 

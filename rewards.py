@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from config import Log, UserError, bar, leave, listen_for_stop, override, read_rows, read_run, resuming, start_run
 from model import (Checkpoints, Transformer, asked_to_stop, autocast, backward, enough_memory, find_checkpoint, finish_gradients, from_all,
                    from_main, learning_rate, make_optimizer, memory_needed, rank, setup, sum_over_processes, world_size)
-from sample import Sampler, answer, check_same_tokenizer, collate, epoch_order, load_tokenizer, my_micro_batches
+from sample import Sampler, answer, check_same_tokenizer, collate, epoch_order, load_tokenizer, my_micro_batches, real_cells
 
 # -----------------------------------------------------------------------------
 task = 'arithmetic'       # data/<task>/, or a folder with train.jsonl and test.jsonl
@@ -442,17 +442,18 @@ def score(model, examples, max_tokens, dtype=torch.float32):
     scores = {}
     for micro, weight in my_micro_batches(range(len(examples)), max_tokens, lambda i: len(examples[i].ids)):
         ids, actions = collate([examples[i] for i in micro], model.embed.weight.device, model.config.block_size)
+        cells = real_cells([len(examples[i].ids) for i in micro], ids.shape[1], ids.device)
         with autocast(ids.device, dtype):
-            p = model.run(values_at, ids, actions).sigmoid().cpu()
+            p = model.run(values_at, ids, actions, cells).sigmoid().cpu()
         for i, s in zip(micro, p.split([len(examples[i].ids) - examples[i].n_prompt for i in micro])):
             scores[i] = s
     scores = {i: s for part in from_all(scores) for i, s in part.items()}
     return [scores[i] for i in range(len(examples))]
 
 
-def values_at(model, ids, at):
-    """The scalar head's outputs (N,) at the N positions of ids (B, T) where `at` (B, T) is True."""
-    return model.values(model.trunk(ids)[at])
+def values_at(model, ids, at, cells=None):
+    """The scalar head's outputs (N,) at the N positions of ids (B, T) where `at` (B, T) is True. cells: sample.real_cells."""
+    return model.values(model.trunk(ids, cells=cells)[at])
 
 
 class Labelled(NamedTuple):
@@ -518,7 +519,8 @@ def labels_loss(model, rows):
     ids, actions = collate(rows, model.embed.weight.device, model.config.block_size)
     labels = torch.tensor([x for row in rows for x in row.labels], device=ids.device)
     known = ~labels.isnan()
-    return F.binary_cross_entropy_with_logits(values_at(model, ids, actions)[known], labels[known], reduction='sum')
+    logits = values_at(model, ids, actions, real_cells([len(row.ids) for row in rows], ids.shape[1], ids.device))
+    return F.binary_cross_entropy_with_logits(logits[known], labels[known], reduction='sum')
 
 
 def fit(model, rows, steps, log, *, batch_size=64, micro_tokens=16384, lr=1e-5, min_lr=1e-6, warmup=0.03, weight_decay=0.0,

@@ -257,13 +257,14 @@ def token_logprobs(logits, ids, temperature=1.0):
     """log p(ids) under softmax(logits / temperature), as gather minus logsumexp: no (.., V) log-softmax is kept.
 
     logits: (..., V) fp32. ids: (...). Returns (...) fp32. The one definition that sampler and trainers share."""
-    logits = logits / temperature
+    logits = logits if temperature == 1 else logits / temperature  # spares a copy of the largest tensor there is
     return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
-def action_logprobs(model, hidden, ids, temperature=1.0, with_entropy=False, chunk=1024):
+def action_logprobs(model, hidden, ids, temperature=1.0, with_entropy=False, chunk=1024, kept=2 ** 27):
     """Log-probs of ids (N,) predicted from hidden (N, C), and the entropies of the same distributions (None unless asked
-    for); each (N,) fp32. In chunks whose logits are computed again in backward: (chunk, V) numbers live and never (N, V)."""
+    for); each (N,) fp32. Where autograd would keep more than `kept` logits for backward (half a GiB), in chunks whose logits are
+    computed again in backward: (chunk, V) numbers live and never (N, V)."""
     def part(hidden, ids):
         logits = model.logits(hidden)
         logprobs = token_logprobs(logits, ids, temperature)
@@ -272,7 +273,9 @@ def action_logprobs(model, hidden, ids, temperature=1.0, with_entropy=False, chu
         logp = (logits / temperature).log_softmax(-1)
         return logprobs, -(logp.exp() * logp).sum(-1)
 
-    again = torch.is_grad_enabled() and len(ids) > chunk
+    again = torch.is_grad_enabled() and len(ids) * model.config.vocab_size > kept
+    if torch.is_grad_enabled() and not again:
+        chunk = len(ids)  # at once: each chunk would add a gradient of its own to that of the output projection
     parts = [checkpoint(part, h, i, use_reentrant=False) if again else part(h, i)
              for h, i in zip(hidden.split(chunk), ids.split(chunk))]
     return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts]) if with_entropy else None
@@ -283,7 +286,7 @@ def draw(logits, u, temperature, top_k=0, top_p=1.0, vocab_size=None):
     is 0; and their log-probs (R,), as token_logprobs gives them (greedy: at temperature 1), whatever top_k and top_p leave out. Ids
     from vocab_size on, which pad the embedding, are never drawn."""
     R, V = logits.shape
-    x = logits / (temperature or 1.0)
+    x = logits if temperature in (0, 1) else logits / temperature
     real = V if vocab_size is None else vocab_size
     top = x[:, :real].max(-1, keepdim=True).values
     p = (x - top).exp_()
@@ -370,6 +373,23 @@ def collate(examples, device, most):
         if e.unlearned:
             learned[row, list(e.unlearned)] = False
     return ids.to(device), learned.to(device)
+
+
+def n_computed(n, n_cells):
+    """How many of a padded table's n_cells are computed for its n tokens: up to a sixteenth more, in steps of a power of two. A
+    CPU's matrix kernels are made anew for each shape, and the demo's SFT is 3% faster with few of them than with each n as it is."""
+    step = 2 ** max(0, n.bit_length() - 5)
+    return min(-(-n // step) * step, n_cells)
+
+
+def real_cells(lengths, T, device):
+    """What Transformer.trunk has to compute of a padded (B, T) table: the numbers of its cells that hold tokens, the first lengths[b]
+    of row b, ascending, with some padding (see n_computed). None if that is the whole table."""
+    real = (torch.arange(T) < torch.tensor(lengths)[:, None]).flatten()
+    n = max(1, sum(lengths))
+    padding = (~real).nonzero().squeeze(-1)
+    real[padding[:n_computed(n, len(real)) - n]] = True
+    return None if real.all() else real.nonzero().squeeze(-1).to(device)
 
 
 def epoch_order(examples, batch_size, seed, epoch):
@@ -500,9 +520,9 @@ class Together:
 
 
 class Sampler:
-    """Sampler(model, tokenizer).generate(prompts) -> list of Sample. max_rows: samples decoded at a time; the cache takes at most
-    (prompts * longest + max_rows * max_new_tokens) * 2 * n_layer * n_kv_head * head_dim numbers, with the prompts of max_rows
-    samples, and for a moment half of that again when rows leave. dtype: of the matrix products. condition:
+    """Sampler(model, tokenizer).generate(prompts) -> list of Sample. max_rows: samples decoded at a time. Their cache takes at most
+    model.cache_bytes(config, prompts, longest prompt, max_rows, max_new_tokens, dtype, device), and for a moment, when rows leave, a
+    layer's part of that again; prompts: those of max_rows samples, at most 1.5 * max_rows. dtype: of the matrix products. condition:
     'good', 'bad' or 'none', what a return-conditioned policy is told before its lines; others are told nothing."""
 
     def __init__(self, model, tokenizer, max_rows=256, dtype=torch.float32, condition='good'):

@@ -22,7 +22,8 @@ import rewards
 from config import Log, UserError, bar, leave, listen_for_stop, override, read_run, resuming, start_run
 from model import (Checkpoints, ModelConfig, Transformer, asked_to_stop, autocast, backward, enough_memory, finish_gradients, learning_rate,
                    make_optimizer, memory_needed, peak_flops, setup, sharding, sum_over_processes, world_size)
-from sample import (Example, Sampler, action_logprobs, collate, epoch_order, learn_bpe, load_tokenizer, my_micro_batches, padded_length)
+from sample import (Example, Sampler, action_logprobs, collate, epoch_order, learn_bpe, load_tokenizer, my_micro_batches, n_computed,
+                    padded_length, real_cells)
 
 # -----------------------------------------------------------------------------
 # data
@@ -107,10 +108,11 @@ def join(texts, n):
 
 def loss_sum(model, examples, trunk=None):
     """Summed cross-entropy of the learned tokens, a scalar. Padding stands on the right, where causal attention keeps it
-    from the real tokens, and the output projection is computed for the positions with a loss alone, in chunks. trunk: model.trunk,
-    or a compiled form of it."""
+    from the real tokens; beyond attention next to none of it is computed, and the output projection for the positions with a loss
+    alone. trunk: model.trunk, or a compiled form of it."""
     ids, learned = collate(examples, model.embed.weight.device, model.config.block_size + 1)
-    hidden = (trunk or model.trunk)(ids[:, :-1])              # (B, T - 1, C): position t predicts token t + 1
+    cells = real_cells([len(e.ids) - 1 for e in examples], ids.shape[1] - 1, ids.device)
+    hidden = (trunk or model.trunk)(ids[:, :-1], cells=cells)  # (B, T - 1, C): position t predicts token t + 1
     logprobs, _ = action_logprobs(model, hidden[learned[:, 1:]], ids[:, 1:][learned[:, 1:]])
     return -logprobs.sum()
 
@@ -133,8 +135,8 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
     """Fine-tunes model in place on a list of Example and returns the number of updates.
 
     evaluate(step), if given, is called every eval_interval updates (0: an epoch) and after the last one.
-    log(step, **metrics), if given, gets every so often the loss (nats a learned token), lr, gradient norm, speed and padding share;
-    mfu is the share of the measured peak of matrix products that the real tokens needed, backward as two forward passes.
+    log(step, **metrics), if given, gets every so often the loss (nats a learned token), lr, gradient norm, speed and padding share,
+    that of the tokens for which everything but attention is computed; mfu is the share of the measured peak of matrix products that the real tokens needed, backward as two forward passes.
     out_dir, if given, gets states (Checkpoints) every save_interval updates (0: eval_interval) and when a stop is asked for, with the
     dictionary `state`, in which evaluate may keep what it needs; resume goes on from the newest one.
     Each epoch is a fresh permutation of the examples (epoch_order), and an update may straddle two epochs; nothing else is random,
@@ -171,7 +173,7 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
                 loss = weight * model.run(loss_sum, micro, trunk) / n_tokens
                 backward(loss, model)
             total += loss.item()
-            n_padded += weight * padded
+            n_padded += weight * n_computed(sum(len(e.ids) - 1 for e in micro), padded)
         # 3. the update
         norm = finish_gradients(parameters, model.shard, grad_clip)
         total, n_padded = sum_over_processes(torch.tensor([total, n_padded], dtype=torch.float64)).tolist()

@@ -7,4 +7,4 @@ from config.gsm8k_llama2_7b_ei import *
 init_from = 'out/gsm8k_llama2_13b_sft'
 base = 'meta-llama/Llama-2-13b-hf'
 out_dir = 'out/gsm8k_llama2_13b_ei'
-max_rows = 96               # 96 * (256 of its own + 250 of the prompt) * 0.8 MiB of bf16 keys and values = 37.1 GiB, beside 24.2 of weights
+max_rows = 96               # 96 * (256 of its own + 250 of the prompt) * 0.8 MiB of bf16 keys and values = 37.5 GiB, beside 24.2 of weights

@@ -10,7 +10,7 @@ out_dir = 'out/gsm8k_llama2_7b_ei'
 n_rounds = 2                # from an SFT checkpoint two suffice (as recalled)
 k = 96
 temperature = 1.0
-max_rows = 192              # 192 * (256 of its own + 250 of the prompt) * 0.5 MiB of bf16 keys and values = 47.4 GiB, beside 12.6 of weights
+max_rows = 192              # 192 * (256 of its own + 250 of the prompt) * 0.5 MiB of bf16 keys and values = 48.0 GiB, beside 12.6 of weights
 epochs = 4.0                # the SFT settings
 batch_size = 128
 micro_tokens = 8192

@@ -339,7 +339,7 @@ if __name__ == '__main__':
 
     import torch
 
-    from model import ModelConfig, Transformer, memory_bandwidth, setup
+    from model import ModelConfig, Transformer, cache_bytes, memory_bandwidth, setup
 
     torch.set_num_threads(threads)
     torch_device, torch_dtype = setup(device, dtype, seed)
@@ -416,3 +416,5 @@ if __name__ == '__main__':
         seconds = statistics.median(worker.seconds)
         print(f'| {worker.name} | {n_tokens / seconds:,.0f} | {ratio(workers, worker):.2f} | {100 * flops / seconds / rate:.0f}% '
               f'| {100 * read / seconds / bandwidth:.0f}% | {worker.cores():.2f} | {worker.peak / 2 ** 30:.2f} |')
+    cache = cache_bytes(C, min(prompts, max_rows), max(map(len, texts)), min(prompts * k, max_rows), most_tokens, torch_dtype, device)
+    print(f'our cache, at most: {cache / 2 ** 30:.2f} GiB')

@@ -1,16 +1,21 @@
 """The Transformer against transformers' own models, and its life on disk."""
 import json
 import os
+import platform
+import random
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
-from conftest import GPT2, loud, real_data, tiny_config
+from conftest import GPT2, ROOT, loud, real_data, tiny_config
 from safetensors.torch import load_file, save_file
 
 from config import UserError
-from model import (Checkpoints, KVCache, ModelConfig, Transformer, activation_bytes, autocast, config_from_hf, config_to_hf, fast_cpu_matmul,
+from model import (Checkpoints, KVCache, ModelConfig, Transformer, config_from_hf, config_to_hf, fast_cpu_matmul,
                    make_optimizer, setup)
+from sample import real_cells
 
 V = 130
 LLAMA = dict(vocab_size=V, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
@@ -290,6 +295,42 @@ def test_initialisation_keeps_the_first_loss_near_uniform():
     assert abs(loss.item() - torch.log(torch.tensor(512.0)).item()) < 0.3
 
 
+@pytest.mark.parametrize('changes', [{}, GPT2, dict(family='qwen3', qk_norm=True)])
+@pytest.mark.parametrize('again', [False, True])
+def test_padding_is_not_computed_and_does_not_matter(changes, again):
+    """Packed against padded: the same hidden states and gradients at the tokens, from as many rows in each linear layer as there are
+    tokens (14 of 30), whatever ids stand in the padding."""
+    model, lengths = loud(Transformer(tiny_config(V, **changes))), (10, 1, 3)
+    model.grad_checkpointing = again
+    ids, real = torch.randint(0, V, (3, 10)), torch.arange(10) < torch.tensor(lengths)[:, None]
+    weight, rows = torch.randn(14, model.config.n_embd), []
+    for block in model.blocks:
+        for layer in (block.attention.qkv, block.attention.out, block.mlp.up, block.mlp.out):
+            layer.register_forward_hook(lambda layer, x, y: rows.append(y.shape[:-1].numel()))
+
+    def hidden_and_gradients(cells):
+        hidden = model.trunk(ids, cells=cells)[real]
+        return hidden, *torch.autograd.grad((hidden * weight).sum(), [p for name, p in model.named_parameters() if not name.startswith('head')])
+
+    padded = hidden_and_gradients(None)
+    assert set(rows) == {30}
+    rows.clear()
+    for a, b in zip(hidden_and_gradients(real_cells(lengths, 10, 'cpu')), padded):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert set(rows) == {14}
+
+
+def test_a_compiled_trunk_is_not_compiled_again():
+    """Three micro-batches of a PPO iteration, one of them without padding, make all the graphs there are; others only vary in sizes."""
+    model, rng = loud(Transformer(tiny_config(V))), random.Random(0)
+    trunk = torch.compile(model.trunk, dynamic=True, backend='eager')
+    batches = [[30, 20, 7], [11, 12], [16, 16]] + [[rng.randint(1, 60) for _ in range(rng.randint(2, 9))] for _ in range(20)] + [[40, 40, 40]]
+    for i, lengths in enumerate(batches):
+        ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+        with torch.compiler.set_stance('default' if i < 3 else 'fail_on_recompile'):
+            trunk(ids, cells=real_cells(lengths, max(lengths), 'cpu')).sum().backward()
+
+
 def test_fast_matmul_is_true_fp32():
     before = torch.backends.mkldnn.matmul.fp32_precision
     try:
@@ -299,6 +340,16 @@ def test_fast_matmul_is_true_fp32():
         assert error < 1e-4
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='a setting of glibc')
+def test_freed_memory_is_kept():
+    """A tensor of 64 MB is 16,384 pages, which it finds in place once the heap is large enough for it and its neighbours."""
+    code = ('import resource, torch, model\nmodel.keep_freed_memory()\n'
+            'for _ in range(12):\n    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n    torch.zeros(2 ** 24)\n'
+            '    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)')
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert min(map(int, done.stdout.split())) < 1000
 
 
 @pytest.mark.parametrize('arguments, match', [(('abacus',), "device 'abacus' cannot be used"), (('cpu', 'float8'), 'dtype is')])

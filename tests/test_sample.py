@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import transformers
 from conftest import GPT2, ROOT, TEXTS, loud, real_data, tiny_config
 
 from config import UserError, start_run
-from model import KVCache, Transformer
+from model import KVCache, Transformer, cache_bytes
 from sample import (BPETokenizer, Example, HFTokenizer, Sampler, action_logprobs, bpe_tokenizer, check_same_tokenizer, collate, draw, epoch_order, learn_bpe,
                     load_tokenizer, micro_batches, random_stream, token_logprobs, uniform)
 
@@ -210,8 +211,8 @@ def test_logprobs_in_chunks_equal_those_at_once_and_so_do_their_gradients(model)
     ids = torch.arange(23) % model.config.vocab_size
     plain = torch.distributions.Categorical(logits=model.logits(hidden) / 0.7)
     expected = torch.autograd.grad(plain.log_prob(ids).sum() + 2 * plain.entropy().sum(), [hidden, model.embed.weight])
-    for chunk in (5, 100):
-        logprobs, entropy = action_logprobs(model, hidden, ids, 0.7, True, chunk)
+    for chunk, most in ((5, 0), (5, 2 ** 27), (100, 0)):
+        logprobs, entropy = action_logprobs(model, hidden, ids, 0.7, True, chunk, most)
         assert torch.allclose(logprobs, plain.log_prob(ids), atol=1e-5) and torch.allclose(entropy, plain.entropy(), atol=1e-5)
         found = torch.autograd.grad(logprobs.sum() + 2 * entropy.sum(), [hidden, model.embed.weight])
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected))
@@ -219,14 +220,16 @@ def test_logprobs_in_chunks_equal_those_at_once_and_so_do_their_gradients(model)
 
 
 def test_long_batches_of_logprobs_never_hold_all_logits(model):
-    """What autograd keeps for backward: with one chunk the logits of all rows, in chunks none."""
-    def kept(chunk):
+    """What autograd keeps for backward: the logits of all rows where that is allowed, and else none."""
+    V = model.config.vocab_size
+
+    def kept(most):
         sizes = []
         hidden = torch.randn(64, model.config.n_embd, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            action_logprobs(model, hidden, torch.zeros(64, dtype=torch.long), chunk=chunk)
+            action_logprobs(model, hidden, torch.zeros(64, dtype=torch.long), chunk=8, kept=most)
         return max(sizes)
-    assert kept(64) >= 64 * model.config.vocab_size > kept(8)
+    assert kept(64 * V) >= 64 * V > kept(64 * V - 1)
 
 
 def test_batches_from_lengths():
@@ -336,6 +339,32 @@ def test_a_prompt_is_prefilled_once_and_rows_are_refilled(model, bpe, monkeypatc
     samples = Sampler(model, bpe, 8).generate(PROMPTS * 3, 8, [5, 9, 20, 30] * 3, 1.5)
     longest = max(len(s.ids) for s in samples)
     assert max(rows) == 8 and sum(r >= 6 for r in rows) > len(rows) - longest  # at most a quarter is free, but in the end
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_the_cache_takes_what_its_formula_says(model, bpe, dtype, monkeypatch):
+    """Exactly that with one batch; in many small ones never more, though rows of several start, and their prompts wait for others."""
+    caches, held, attend = weakref.WeakSet(), [], KVCache.attend
+
+    def spy(cache, layer, *qkv):
+        caches.add(cache)
+        out = attend(cache, layer, *qkv)
+        held.append(sum(t.nbytes for c in caches for t in [*c.prompt_k, *c.prompt_v, *sum(getattr(c, 'k', []) + getattr(c, 'v', []), [])]))
+        return out
+    monkeypatch.setattr(KVCache, 'attend', spy)
+
+    class Endless:
+        """No id ends a sample."""
+        eos, vocab_size, labels, newline_ids = -1, bpe.vocab_size, None, ()
+
+    prompts = [bpe.encode(p) for p in PROMPTS]
+    longest = max(map(len, prompts))
+    for budget in (20, 40):
+        Sampler(model, Endless, 64, dtype).generate(prompts, 4, budget)
+        assert max(held) == cache_bytes(model.config, 4, longest, 16, budget, dtype)
+        held.clear()
+    Sampler(model, Endless, 8, dtype).generate(prompts * 8, 2, [5, 9, 20, 30] * 8)
+    assert cache_bytes(model.config, 4, longest, 8, 30, dtype) / 2 < max(held) <= cache_bytes(model.config, 12, longest, 8, 30, dtype)
 
 
 def test_seeds_and_repeated_prompts(model, bpe):

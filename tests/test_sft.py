@@ -1,6 +1,7 @@
 """SFT: which tokens are learned, that batching does not matter, and that a run can be stopped and resumed."""
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import sft
 from config import UserError
 from model import Transformer, learning_rate
 from rewards import Problem
-from sample import Example, Sampler, micro_batches
+from sample import Example, Sampler, micro_batches, n_computed
 from sft import finetune, load_texts, loss_sum, mean_loss, n_learned, solution_examples, text_examples
 
 
@@ -104,6 +105,17 @@ def test_overfits_eight_solutions_and_says_them_greedily(bpe, examples):
     prompts = [e.ids[:e.n_prompt] for e in examples]
     for e, s in zip(examples, Sampler(model, bpe).generate(prompts, 1, 40, temperature=0)):
         assert s.ids == e.ids[e.n_prompt:] and s.finished
+
+
+def test_next_to_no_padding_is_computed(bpe):
+    """Rows of 3 to 60 tokens in one micro-batch: the log's padding share is that of the rows that go through the linear layers."""
+    model, rng, rows, logged = new_model(bpe), random.Random(0), [], []
+    examples = [Example([1] * rng.randint(3, 60), 2) for _ in range(64)]
+    model.blocks[0].mlp.up.register_forward_hook(lambda layer, x, y: rows.append(y.shape[:-1].numel()))
+    finetune(model, examples, max_steps=1, batch_size=64, micro_tokens=3000, log=lambda step, **m: logged.append(m['padding']))
+    assert logged[0] == pytest.approx(1 - sum(len(e.ids) - 1 for e in examples) / sum(rows)) and 0 <= logged[0] < 0.05
+    for n in range(1, 20_000, 7):
+        assert n <= n_computed(n, 30_000) <= n * 17 / 16 and n_computed(n, n + 1) <= n + 1
 
 
 def test_learning_rate():
