@@ -356,7 +356,9 @@ if __name__ == '__main__':
             todo = problems[i:i + chunk]
             prompts = every_prompt[i:i + chunk]
             greedy = answer(sampler, prompts, 1, max_new_tokens, 0, stop=stop)
-            drawn = answer(sampler, prompts, k, max_new_tokens, temperature, first[i:i + chunk], top_k=top_k, top_p=top_p, stop=stop, seed=seed) if k else []
+            drawn = []
+            if k:
+                drawn = answer(sampler, prompts, k, max_new_tokens, temperature, first[i:i + chunk], top_k=top_k, top_p=top_p, stop=stop, seed=seed)
             judged = [judge(s, todo[j // k], tok, stop) for j, s in enumerate(drawn)]
             if scorer:  # the reward model reads a solution as it was trained to, without the few-shot examples
                 rows = [answered_example(todo[j // k], record['text'], tok) if few_shot else
@@ -374,8 +376,8 @@ if __name__ == '__main__':
                 leave(f' after {len(records)} of {len(problems)} problems', resume='')
         progress.close()
 
-    summary = {'task': task_name, 'split': split, 'problems': len(records), 'k': k, 'temperature': temperature, 'condition': condition, 'init_from': init_from,
-               'metrics': summarize(records)}
+    summary = {'task': task_name, 'split': split, 'problems': len(records), 'k': k, 'temperature': temperature, 'condition': condition,
+               'init_from': init_from, 'metrics': summarize(records)}
     with open(os.path.join(out_dir, f'{name}.json') if rank() == 0 else os.devnull, 'w') as f:
         json.dump(summary, f, indent=2)
     truncated = summary['metrics']['truncated'][0]

@@ -518,8 +518,8 @@ class Transformer(nn.Module):
 
     def distribute(self, shard, dtype=torch.float32, device='cpu'):
         """Says how this model learns on several processes, before its optimizer is made. 'ddp': each has all weights, and gradients are
-        summed after backward (finish_gradients). 'fsdp': PyTorch's FSDP2; each has 1 / n of every weight, gradient and optimizer state in fp32, gathers a
-        block's weights in dtype when it is computed, and sums gradients in fp32."""
+        summed after backward (finish_gradients). 'fsdp': PyTorch's FSDP2; each has 1 / n of every weight, gradient and optimizer state
+        in fp32, gathers a block's weights in dtype when it is computed, and sums gradients in fp32."""
         self.shard = shard
         if shard == 'fsdp':
             from torch.distributed.device_mesh import init_device_mesh  # half a second to import, and needed here alone

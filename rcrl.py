@@ -236,7 +236,8 @@ if __name__ == '__main__':
     fits = [(r, labels or [True] * len(r.lines)) for r, labels in solutions.values()]
     fits = [(r, labels) for r, labels in fits if len(example(r, labels, None).ids) <= model.config.block_size + 1]
     if len(fits) < len(solutions):
-        print(f'left out: {len(solutions) - len(fits)} of {len(solutions)} solutions, with their labels longer than the context of {model.config.block_size}')
+        print(f'left out: {len(solutions) - len(fits)} of {len(solutions)} solutions, with their labels longer than the context of '
+              f'{model.config.block_size}')
     rng = random.Random(seed)
     chosen = [fits[i] for i in with_share([r.correct for r, _ in fits], right_share, rng)]
     steps = [(i, step, good) for i, (_, labels) in enumerate(chosen) for step, good in enumerate(labels)]

@@ -529,7 +529,8 @@ class Sampler:
         self.model, self.tokenizer, self.max_rows, self.dtype = model, tokenizer, max_rows, dtype
         self.device = model.embed.weight.device
         if condition not in ('good', 'bad', 'none') or condition == 'bad' and not tokenizer.labels:
-            raise UserError(f"condition is 'good', 'bad' or 'none', and other than 'good' for return-conditioned policies alone (rcrl.py); not {condition!r}")
+            raise UserError(f"condition is 'good', 'bad' or 'none', and other than 'good' for return-conditioned policies alone (rcrl.py); "
+                            f'not {condition!r}')
         if max_rows < 1:
             raise UserError('max_rows must be at least 1')
         self.label = getattr(tokenizer.labels, condition) if tokenizer.labels and condition != 'none' else []

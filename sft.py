@@ -136,7 +136,8 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
 
     evaluate(step), if given, is called every eval_interval updates (0: an epoch) and after the last one.
     log(step, **metrics), if given, gets every so often the loss (nats a learned token), lr, gradient norm, speed and padding share,
-    that of the tokens for which everything but attention is computed; mfu is the share of the measured peak of matrix products that the real tokens needed, backward as two forward passes.
+    that of the tokens for which everything but attention is computed; mfu is the share of the measured peak of matrix products that
+    the real tokens needed, backward as two forward passes.
     out_dir, if given, gets states (Checkpoints) every save_interval updates (0: eval_interval) and when a stop is asked for, with the
     dictionary `state`, in which evaluate may keep what it needs; resume goes on from the newest one.
     Each epoch is a fresh permutation of the examples (epoch_order), and an update may straddle two epochs; nothing else is random,
@@ -216,7 +217,9 @@ if __name__ == '__main__':
     if min(eval_problems, texts_per_row) < 1 or keep_epochs < 0:
         raise UserError('eval_problems and texts_per_row must be at least 1, keep_epochs 0 or more')
     problems = problems[:n_worked or None]
-    texts = join(load_texts(text_file), texts_per_row) if text_file else [rewards.prompt(p.question) + rewards.completion(p.solution) for p in problems]
+    texts = [rewards.prompt(p.question) + rewards.completion(p.solution) for p in problems]
+    if text_file:
+        texts = join(load_texts(text_file), texts_per_row)
     if len(texts) <= (eval_problems if text_file else 0):
         raise UserError(f'{text_file or task}: {len(texts)} rows are too few to hold {eval_problems} out')
     texts, val_texts = (texts[:-eval_problems], texts[-eval_problems:]) if text_file else (texts, [])

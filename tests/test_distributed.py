@@ -83,7 +83,8 @@ def test_any_number_of_processes_goes_on_from_a_state(sft, coin, tmp_path):
     assert_same_weights(tmp_path / 'parts' / 'last', tmp_path / 'run' / 'last', 1e-5)
 
 
-PPO = ['--n_rollouts=20', '--minibatch=20', '--epochs=1', '--n_iterations=5', '--lr=1e-3', '--critic_lr=1e-3', '--temperature=1.0', '--show=0',
+# A small rate: Adam divides a gradient by its own size, so that at a large one the rounding errors of small gradients grow with each step.
+PPO = ['--n_rollouts=20', '--minibatch=20', '--epochs=1', '--n_iterations=5', '--lr=1e-4', '--critic_lr=1e-3', '--temperature=1.0', '--show=0',
        '--eval_interval=5', '--n_questions=40']
 PPO_KEYS = ['policy_loss', 'grad_norm', 'share_correct', 'kl_k3', 'entropy', 'approx_kl', 'reward_kl', 'response_tokens']
 
@@ -99,9 +100,7 @@ def test_ppo_is_the_same_on_several_processes(coin, tmp_path, flags, shards):
     for shard in shards:
         start(several(2), 'ppo.py', *common, f'--out_dir={tmp_path}/{shard}', f'--shard={shard}')
         keys = PPO_KEYS + (['value_loss', 'explained_variance'] if 'lora' not in str(flags) else [])
-        # the first five updates; Adam divides a first gradient by its own size, so that its rounding errors come back larger
-        assert_close(one, log_of(tmp_path / shard, 'share_correct'), keys, rel=2e-4)
-        assert_close(one[:1], log_of(tmp_path / shard, 'share_correct')[:1], keys, rel=1e-5)
+        assert_close(one, log_of(tmp_path / shard, 'share_correct'), keys)
         samples = [[{k: v for k, v in json.loads(line).items() if k != 'kl'} for line in open(tmp_path / run / 'samples.jsonl')] for run in ('one', shard)]
         assert [s['text'] for s in samples[0]] == [s['text'] for s in samples[1]] and len(samples[0]) == 100
         assert_same_weights(tmp_path / 'one' / 'last', tmp_path / shard / 'last', 2e-4)

@@ -114,9 +114,9 @@ def test_expert_iteration_from_a_base_model_ends_above_its_prompted_start(base, 
 
 
 def test_ppo_from_a_base_model(base, script, tmp_path):
-    flags = [f'--task={base}/task', f'--init_from={base}/base', '--few_shot=2', '--n_questions=60', '--n_iterations=8', '--n_rollouts=64', '--minibatch=32',
+    flags = [f'--task={base}/task', f'--init_from={base}/base', '--few_shot=2', '--n_questions=60', '--n_iterations=16', '--n_rollouts=64', '--minibatch=32',
              '--epochs=2', '--max_new_tokens=40', '--temperature=1', '--advantage=group', '--kl_coef=0', '--lr=3e-3', '--min_lr=3e-4', '--eval_problems=16',
-             '--eval_interval=8', '--device=cpu', f'--out_dir={tmp_path}/run']
+             '--eval_interval=16', '--device=cpu', f'--out_dir={tmp_path}/run']
     script('ppo.py', *flags)
     rows = [row for row in log_of(tmp_path / 'run') if 'share_correct' in row]
     assert rows[0]['share_correct'] < 0.6 and rows[-1]['share_correct'] > 0.9
