@@ -97,7 +97,7 @@ def select(records, seen, n_kept, cap, tau=1.0):
 if __name__ == '__main__':
     settings = override(globals())
     device, dtype = setup(device, dtype, seed)
-    resume = resuming(init_from, out_dir)
+    resume = from_main(lambda: resuming(init_from, out_dir))
 
     # 0. everything that can be wrong with the input, before anything is written
     if reset not in ('base', 'previous'):
@@ -125,7 +125,7 @@ if __name__ == '__main__':
         check_same_tokenizer(load_tokenizer(base, conditioned=False), tok, f'{base} and {policy_from}')
     if reward not in ('sparse', 'orm') or (reward == 'orm') != bool(reward_model):
         raise UserError("reward is 'sparse', or 'orm' with a reward_model")
-    scorer = rewards.load_reward_model(reward_model, tok, device) if reward == 'orm' else None
+    scorer = rewards.load_reward_model(reward_model, tok, device, dtype) if reward == 'orm' else None
     room = policy.config.block_size - max_new_tokens
     too_long = sum(len(tok.encode_prompt(rewards.prompt(p.question, demonstrations))) > room for p in questions) if few_shot else 0
     if too_long == len(questions):
@@ -152,8 +152,10 @@ if __name__ == '__main__':
     n_kept, updates, drawn, best, previous = [0] * len(questions), 0, 0, -1.0, policy_from
 
     for round in range(1, n_rounds + 1):
-        round_dir = os.path.join(out_dir, f'round{round}')
+        round_dir, training_dir = os.path.join(out_dir, f'round{round}'), os.path.join(out_dir, f'round{round}_training')
         # 1. explore: K samples of every question
+        print(memory_needed([policy.requires_grad_(False)] + ([scorer] if scorer else []), dtype, 0, 0, max_rows,
+                            max(map(len, prompt_ids)), max_new_tokens))
         sampler = Sampler(policy, tok, max_rows, dtype)
         found = evaluation.explore(sampler, questions, os.path.join(out_dir, f'samples_round{round}.jsonl'), k, max_new_tokens,
                                    temperature, seed * 1000 + round, f'round {round}: explore',
@@ -196,9 +198,8 @@ if __name__ == '__main__':
             del policy, sampler  # their memory is needed now
             policy = Transformer.from_pretrained(base if reset == 'base' else previous, device, dtype if lora_rank else torch.float32,
                                                  lora_rank=lora_rank, lora_alpha=lora_alpha, shard=shard, product_dtype=dtype)
-            policy.grad_checkpointing, start, training_dir = grad_checkpointing, updates, os.path.join(out_dir, f'round{round}_training')
-            print(memory_needed([policy], dtype, micro_tokens, max(len(e.ids) for e in dataset), max_rows,
-                                max(e.n_prompt for e in dataset), max_new_tokens))
+            policy.grad_checkpointing, start = grad_checkpointing, updates
+            print(memory_needed([policy] + ([scorer] if scorer else []), dtype, micro_tokens, max(len(e.ids) for e in dataset)))
             updates += finetune(policy, dataset, epochs=epochs, max_steps=max_steps, batch_size=batch_size, micro_tokens=micro_tokens,
                                 lr=lr, min_lr=min_lr, warmup=warmup, weight_decay=weight_decay, grad_clip=grad_clip,
                                 seed=seed * 1000 + round, dtype=dtype,
@@ -206,9 +207,9 @@ if __name__ == '__main__':
                                 log=lambda step, **metrics: log(start + step, round=round, **metrics), desc=f'round {round}: fine-tune',
                                 out_dir=training_dir, save_interval=save_interval, resume=resume)
             policy.save_pretrained(round_dir, tok)
-            if rank() == 0:
-                shutil.rmtree(training_dir, ignore_errors=True)
             del policy
+        if rank() == 0:
+            shutil.rmtree(training_dir, ignore_errors=True)
         wait_for_main()
         policy = Transformer.from_pretrained(round_dir, device, dtype)
         # 6. how good is it? The best round by the validation slice is the result.

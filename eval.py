@@ -341,7 +341,7 @@ if __name__ == '__main__':
             raise UserError(f'{records_file} holds an evaluation with other settings ({", ".join(changed)}); --overwrite replaces it')
         records = []
     sampler = Sampler(Transformer.from_pretrained(folder, device, dtype), tok, max_rows, dtype, condition or 'none')
-    reward_model = rewards.load_reward_model(scorer, tok, device) if scorer else None
+    reward_model = rewards.load_reward_model(scorer, tok, device, dtype) if scorer else None
     every_prompt = [tok.encode_prompt(rewards.prompt(p.question, examples)) for p in problems]
     refuse_too_long(sampler, every_prompt, max_new_tokens)
     os.makedirs(out_dir, exist_ok=True)

@@ -85,8 +85,15 @@ def from_main(f):
     """f() of process 0, for all: what it reads from files that it also writes must not be read by others at another moment."""
     if world_size() == 1:
         return f()
-    box = [f() if rank() == 0 else None]
+    box = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = f()
+        except Exception as error:  # for all: else the others would wait for ever
+            box[1] = error
     dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
     return box[0]
 
 
@@ -524,7 +531,9 @@ class Transformer(nn.Module):
         if shard == 'fsdp':
             from torch.distributed.device_mesh import init_device_mesh  # half a second to import, and needed here alone
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-            policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
+            # A block's inputs stay as they are, the angles of rotary positions above all: autocast casts what goes into a product.
+            policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
+                                          cast_forward_inputs=False)
             mesh = init_device_mesh(torch.device(device).type, (world_size(),))
             for module in (*self.blocks, self):
                 # True for the root, too: else its weights stay gathered after a pass without a backward, and a state would miss them
@@ -536,7 +545,7 @@ class Transformer(nn.Module):
         """f(self, *args): passes through a model that learns go through here, so that FSDP gathers the weights for them."""
         return f(self, *args, **kwargs)
 
-    def weight(self, name):
+    def weight(self, name, dtype):
         """A parameter in full and with its adapter, whatever process holds which part of it; every process has to ask."""
         def full(p):
             return p.detach().full_tensor() if is_sharded(p) else p.detach()
@@ -544,8 +553,8 @@ class Transformer(nn.Module):
         path, _, part = name.rpartition('.')
         module, w = self.get_submodule(path), full(self.get_parameter(name))
         if part == 'weight' and isinstance(module, LoRALinear):
-            w = (w.float() + module.scale * full(module.lora_b).float() @ full(module.lora_a).float()).to(w.dtype)
-        return w
+            w = w.float() + module.scale * full(module.lora_b).float() @ full(module.lora_a).float()
+        return w.to(dtype)
 
     @torch.no_grad()
     def for_sampling(self, dtype):
@@ -560,7 +569,7 @@ class Transformer(nn.Module):
             copy = Transformer(self.config)
         copy = copy.to(dtype).to_empty(device=self.embed.weight.device).finish_loading().requires_grad_(False)
         for name, p in copy.named_parameters():
-            p.copy_(self.weight(name))
+            p.copy_(self.weight(name, dtype))
         same_everywhere(bit_sum(copy.parameters()))
         if self.shard == 'fsdp':  # what was gathered is what learns
             held = [p.to_local().to(dtype) for name, p in names.items() if name not in adapted]
@@ -641,14 +650,17 @@ class Transformer(nn.Module):
         """Writes a folder that AutoModelForCausalLM (and with a tokenizer AutoTokenizer) loads, whole or not at all; adapters are merged.
         Process 0 writes; the others have to call it too."""
         own, tensors = dict(self.named_parameters()), {}
+        # What adapters add to a bf16 weight may be less than half of its last bit: merged weights are exported in fp32.
+        dtype = torch.float32 if any('lora_' in name for name in own) else self.embed.weight.dtype
         for name, (targets, transpose) in hf_names(self.config).items():
-            weight = self.weight(name)
+            weight = self.weight(name, dtype)
             if rank() == 0:
                 weight = weight.cpu()
                 sizes = [len(weight)] if len(targets) == 1 else part_sizes(self.config, name)
                 for target, part in zip(targets, weight.split(sizes)):
-                    tensors[hf_prefix(self.config, target)] = (part.t() if transpose else part).clone().contiguous()
-        head = {name.removeprefix('value_head.'): self.weight(name).cpu().clone() for name in own if name.startswith('value_head')}
+                    part = part.clone() if len(sizes) > 1 else part  # parts of one storage cannot be saved
+                    tensors[hf_prefix(self.config, target)] = part.t().contiguous() if transpose else part
+        head = {name.removeprefix('value_head.'): self.weight(name, torch.float32).cpu() for name in own if name.startswith('value_head')}
         if rank() > 0:
             return
         tmp = path.rstrip('/') + '.tmp'
@@ -660,7 +672,7 @@ class Transformer(nn.Module):
                 save_file(head, os.path.join(tmp, 'value_head.safetensors'))
             if tokenizer is not None:
                 tokenizer.save(tmp)
-            hf = config_to_hf(self.config, str(own['embed.weight'].dtype).removeprefix('torch.'))
+            hf = config_to_hf(self.config, str(dtype).removeprefix('torch.'))
             if tokenizer is not None:
                 hf['eos_token_id'] = tokenizer.eos
             with open(os.path.join(tmp, 'config.json'), 'w') as f:
@@ -843,8 +855,7 @@ def refuse_missing_folder(path):
 
 def find_checkpoint(path):
     """The folder that holds config.json and weights: the path itself, a run's best/ (or last/), or a download from the hub."""
-    for folder in (os.path.join(path, 'best'), os.path.join(path, 'last'), path):
-        recover(folder)
+    for folder in [os.path.join(path, name) for name in ('best', 'best.old', 'last', 'last.old')] + [path]:  # .old: see replace_folder
         if os.path.exists(os.path.join(folder, 'config.json')) and any(
                 name.endswith(('.safetensors', '.bin')) for name in os.listdir(folder)):
             return folder
@@ -883,24 +894,17 @@ def read_weights(folder):
 
 def replace_folder(tmp, path):
     """Puts a finished folder in another's place, on the disk before it is in place. The old one goes last, so that there is a whole
-    one at every moment: under its own name, or for an instant under .old, where recover finds it."""
+    one at every moment: under its own name, or for an instant, and after a kill there, under .old."""
     for name in os.listdir(tmp):
         sync(os.path.join(tmp, name))
     sync(tmp)
-    recover(path)
     old = path.rstrip('/') + '.old'
-    shutil.rmtree(old, ignore_errors=True)
     if os.path.exists(path):
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(path, old)
     os.rename(tmp, path)
     sync(os.path.dirname(os.path.abspath(path)))
     shutil.rmtree(old, ignore_errors=True)
-
-
-def recover(path):
-    """Undoes a replace_folder that was killed between its two renamings."""
-    if not os.path.exists(path) and os.path.isdir(path.rstrip('/') + '.old'):
-        os.rename(path.rstrip('/') + '.old', path)
 
 
 def sync(path):
@@ -944,7 +948,7 @@ def setup(device='auto', dtype='auto', seed=0):
         sys.excepthook = hook  # which init_process_group replaces by one that swallows what ours writes
         # The end of a process, where PyTorch takes down its threads, now and then aborts ("terminate called without an active exception"),
         # after everything is done; torchrun would take it for a failure.
-        atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(0)))
+        atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(1 if hasattr(sys, 'last_type') else 0)))
         if rank() > 0:
             sys.stdout = open(os.devnull, 'w')  # what is printed is the same for all
     if dtype == 'auto':
@@ -1020,6 +1024,8 @@ def autocast(device, dtype):
 
 def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
     """AdamW with decay on matrices alone: a gain, a bias or a norm has nothing to shrink towards zero for."""
+    if world_size() > 1 and getattr(model, 'shard', '') == 'none':
+        raise UserError("shard = 'none' is for one process: on several each would learn on its own; 'auto', 'ddp' or 'fsdp'")
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
               {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
@@ -1067,18 +1073,18 @@ def finish_gradients(parameters, shard, max_norm):
 
 def activation_bytes(config, n_tokens, longest, dtype, grad_checkpointing, device):
     """What a micro-batch keeps for its backward pass: in each layer the two residual inputs and their norms in fp32, what goes into the
-    linear layers and out of them in dtype, on a CPU the attention's probabilities; and a chunk of logits, twice, in fp32."""
+    linear layers and out of them in dtype, on a CPU the attention's probabilities; and logits, twice, in fp32."""
     c, width = config, 4 if dtype == torch.float32 else 2
     mlp = (4 if c.activation == 'silu' else 2) * c.n_inner
     scores = c.n_head * longest if device.type == 'cpu' and longest <= 512 else 0
     layer = n_tokens * (4 * 4 * c.n_embd + width * (6 * c.n_embd + mlp + scores))
     layers = c.n_layer * n_tokens * 4 * c.n_embd + layer if grad_checkpointing else c.n_layer * layer
-    return layers + 2 * 4 * min(n_tokens, 1024) * c.vocab_size
+    return layers + 2 * 4 * min(n_tokens * c.vocab_size, max(1024 * c.vocab_size, 2 ** 27))  # sample.action_logprobs
 
 
-def memory_needed(models, dtype, micro_tokens, longest, max_rows, longest_prompt, max_new_tokens):
+def memory_needed(models, dtype, micro_tokens, longest, max_rows=0, longest_prompt=0, max_new_tokens=0):
     """A line of arithmetic: the bytes that a run takes on each process. models: those in memory while it trains, the first one the
-    policy, of which samples are drawn. longest: tokens of the longest row that is learned."""
+    policy. longest: tokens of the longest row that is learned. max_rows: samples drawn from the policy beside all that; 0: none are."""
     policy, parts = models[0], []
 
     def take(what, n_bytes):
@@ -1096,12 +1102,14 @@ def memory_needed(models, dtype, micro_tokens, longest, max_rows, longest_prompt
     c, device = policy.config, policy.embed.weight.device
     learning = activation_bytes(c, micro_tokens, longest, dtype, policy.grad_checkpointing, device)
     copied = policy.shard == 'fsdp' or dtype != policy.embed.weight.dtype or any(isinstance(m, LoRALinear) for m in policy.modules())
-    copy = sum(p.numel() for name, p in policy.named_parameters() if 'lora_' not in name) * dtype.itemsize if copied else 0
+    copy = sum(p.numel() for name, p in policy.named_parameters() if 'lora_' not in name) * dtype.itemsize if copied and max_rows else 0
     cache = cache_bytes(c, max_rows, longest_prompt, max_rows, max_new_tokens, dtype, device)
     text = ', '.join(f'{what} {size_text(n)}' for what, n in parts)
-    return (f'memory of a process at most about {size_text(always + max(learning, copy + cache))}: {text}; beside these either a micro-batch of '
-            f'{micro_tokens:,} tokens {size_text(learning)}, or for samples ' + (f'a copy of the weights {size_text(copy)} and ' if copy else '')
-            + f'{max_rows} rows of cache {size_text(cache)}')
+    text += f'; beside these a micro-batch of {micro_tokens:,} tokens {size_text(learning)}' if micro_tokens else ''
+    if max_rows:
+        text += ', or' if micro_tokens else '; beside these'
+        text += ' for samples ' + (f'a copy of the weights {size_text(copy)} and ' if copy else '') + f'{max_rows} rows of cache {size_text(cache)}'
+    return f'memory of a process at most about {size_text(always + max(learning, copy + cache))}: {text}'
 
 
 def size_text(n_bytes):
@@ -1141,16 +1149,27 @@ class Checkpoints:
                    if p in optimizer.state}
         return named, {name: p.detach() for name, p in named.items()} | moments
 
+    def frozen(self, models, optimizer):
+        """{model: checksum of its weights that do not learn}"""
+        learned, sums = {id(p) for group in optimizer.param_groups for p in group['params']}, {}
+        for name, model in models.items():
+            rest = [p for p in model.parameters() if id(p) not in learned]
+            sums[name] = bit_sum(p.to_local() if is_sharded(p) else p for p in rest)
+            if model.shard == 'fsdp':
+                sums[name] = sum_over_processes(torch.tensor(sums[name])).item()
+        return sums
+
     @torch.no_grad()
     def save(self, step, models, optimizer, state):
-        """models: {name: Transformer}. state: a dictionary of plain values. Weights that do not learn are left out: they are where
-        they came from. UserError where it cannot be written; the states before it are whole."""
+        """models: {name: Transformer}. state: a dictionary of plain values. Of weights that do not learn a checksum is kept: they are
+        where they came from. UserError where it cannot be written; the states before it are whole."""
         from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save  # half a second to import
         warnings.filterwarnings('ignore', message='torch.distributed is disabled')  # so it is, with one process
         path = os.path.join(self.folder, f'{step:08d}')
         tmp = path + '.tmp'
         named, tensors = self.tensors(models, optimizer)
         steps = {name: optimizer.state[p]['step'].item() for name, p in named.items() if p in optimizer.state}
+        frozen = self.frozen(models, optimizer)
 
         def prepare():
             shutil.rmtree(tmp, ignore_errors=True)
@@ -1161,7 +1180,7 @@ class Checkpoints:
 
             def write_rest():
                 with open(os.path.join(tmp, 'state.json'), 'w') as f:
-                    json.dump({'step': step, 'state': state, 'adam_steps': steps}, f)
+                    json.dump({'step': step, 'state': state, 'adam_steps': steps, 'frozen': frozen}, f)
                 return sorted(os.listdir(tmp))
             names = from_main(write_rest)
             mine = {name: checksum(os.path.join(tmp, name)) for name in names[rank()::world_size()]}
@@ -1192,6 +1211,16 @@ class Checkpoints:
         found = os.listdir(self.folder) if os.path.isdir(self.folder) else []
         return sorted(name for name in found if name.isdecimal())
 
+    def tidy(self, newest):
+        """Removes what a kill has left half written, and names the states after the newest whole one .broken: they do not count."""
+        for name in os.listdir(self.folder):
+            path = os.path.join(self.folder, name)
+            if name.endswith('.tmp'):
+                shutil.rmtree(path, ignore_errors=True)
+            elif name.isdecimal() and name > newest:
+                shutil.rmtree(path + '.broken', ignore_errors=True)
+                os.rename(path, path + '.broken')
+
     def broken(self, path):
         """What is wrong with a state; '' if it is whole. Processes share the reading."""
         try:
@@ -1215,10 +1244,15 @@ class Checkpoints:
             if wrong:
                 print(f'{path} is broken ({wrong}); the one before it is taken')
                 continue
+            from_main(lambda: self.tidy(name))
             saved = from_main(lambda: read_json(os.path.join(path, 'state.json')))
             named, _ = self.tensors(models, optimizer)
             if set(saved['adam_steps']) - set(named):
                 raise UserError(f'{path}: the state of another model, with {min(set(saved["adam_steps"]) - set(named))}')
+            other = [name for name, found in self.frozen(models, optimizer).items() if found != saved['frozen'].get(name)]
+            if other:
+                raise UserError(f'{path}: the weights that do not learn ({", ".join(other)}) are not those of that run: was the checkpoint that '
+                                'they come from written anew?')
             for weight, n in saved['adam_steps'].items():
                 p = named[weight]
                 optimizer.state[p] = {'step': torch.tensor(n, dtype=torch.float32, device=p.device), 'exp_avg': torch.zeros_like(p),

@@ -255,7 +255,7 @@ def random_prefix(problem, rng):
 if __name__ == '__main__':
     settings = override(globals())
     device, dtype = setup(device, dtype, seed)
-    resume = resuming(init_from, out_dir)
+    resume = from_main(lambda: resuming(init_from, out_dir))
 
     # everything that can be wrong with the input, before anything is written
     for name, allowed in (('reward', ('sparse', 'dense', 'orm', 'orm_dense', 'prm')), ('refine', tuple(rewards.REFINEMENTS)),
@@ -315,7 +315,7 @@ if __name__ == '__main__':
         value_model = None
     elif critic == 'separate':
         value_model = Transformer.from_pretrained(critic_from or policy_from, device, dtype if lora_rank else torch.float32, value_head=True,
-                                                  **learning)
+                                                  **learning | {'shard': policy.shard})
     if value_model is not None:
         for p in value_model.value_head.parameters():  # whatever it was trained for before
             p.detach().zero_()
@@ -334,9 +334,10 @@ if __name__ == '__main__':
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     state = {'iteration': 0, 'position': 0, 'updates': 0, 'best': None, 'kl_coef': kl_coef, 'eta': eta,
              'priority': [0.0] * len(problems), 'last_seen': [-1] * len(problems)}
-    learners, checkpoints = {'policy': policy} | ({'critic': value_model} if separate else {}), Checkpoints(out_dir)
+    models = {'policy': policy, 'critic': value_model if separate else None, 'reference': reference, 'scorer': scorer}
+    models, checkpoints = {name: model for name, model in models.items() if model is not None}, Checkpoints(out_dir)
     if resume:
-        state |= checkpoints.load(learners, optimizer) or {}
+        state |= checkpoints.load(models, optimizer) or {}
         if len(state['priority']) != len(problems):
             raise UserError(f'{out_dir} practised on {len(state["priority"])} questions, not {len(problems)}: n_questions must stay')
     start_run(settings, resume, overwrite)
@@ -350,8 +351,7 @@ if __name__ == '__main__':
     n_updates = n_iterations * epochs * n_minibatches
     print(f'{n_iterations} iterations * {n_picked} questions * {n_per_question} samples = {n_iterations * n_rollouts:,} samples; '
           f'{n_iterations} * {epochs} epochs * {n_minibatches} minibatches = {n_updates:,} updates')
-    print(memory_needed([m for m in (policy, reference, value_model if separate else None, scorer) if m is not None], dtype, micro_tokens,
-                        longest + max_new_tokens, max_rows, longest, max_new_tokens))
+    print(memory_needed(list(models.values()), dtype, micro_tokens, longest + max_new_tokens, max_rows, longest, max_new_tokens))
     exact = device.type == 'cpu' and dtype == torch.float32  # no bf16 and no TF32: two ways to one number agree
     trunk = None
     if policy.shard != 'fsdp' and (compile == 'on' or compile == 'auto' and device.type == 'cuda'):
@@ -428,11 +428,12 @@ if __name__ == '__main__':
         mask = torch.arange(outcome.shape[1], device=device) < lengths[:, None]                # (B, T), from lengths
         old_logprobs, old_values, entropy = evaluate_batch(policy, value_model, examples, temperature, dtype, micro_tokens, True)
         ref_logprobs = reference_logprobs(examples)
+        sampled = torch.zeros_like(old_logprobs)
+        sampled[mask] = torch.tensor([x for s in samples for x in s.logprobs], device=device)
+        sampler_gap = masked_mean((sampled - old_logprobs).abs(), mask)
         if iteration == 1:  # sampler and trainer are one policy, and nothing has moved yet; else the ratios below mean nothing
-            sampled = torch.zeros_like(old_logprobs)
-            sampled[mask] = torch.tensor([x for s in samples for x in s.logprobs], device=device)
             tolerance = 1e-3 if exact else 0.05
-            assert masked_mean((sampled - old_logprobs).abs(), mask) < tolerance, 'the log-probs of sampler and trainer differ'
+            assert sampler_gap < tolerance, 'the log-probs of sampler and trainer differ'
             assert ref or masked_mean((old_logprobs - ref_logprobs).abs(), mask) < tolerance, 'the reference is not the initial policy'
 
         # 5. a KL penalty on every token: -beta (log p - log p_ref), whose mean over samples is -beta KL
@@ -472,7 +473,8 @@ if __name__ == '__main__':
                 for micro, weight in my_micro_batches(rows, micro_tokens, lambda i: len(examples[i].ids)):
                     real = mask[micro]
                     old, adv = old_logprobs[micro][real], advantages[micro][real]              # (N,)
-                    with enough_memory(f'iteration {iteration}, an update', f'lower micro_tokens = {micro_tokens}, or set grad_checkpointing'):
+                    with enough_memory(f'iteration {iteration}, an update, a micro-batch of {len(micro)} rows',
+                                       f'lower micro_tokens = {micro_tokens}, or set grad_checkpointing'):
                         logprobs, values, bonus = policy.run(evaluate_actions, value_model, [examples[i] for i in micro], temperature, dtype,
                                                              entropy_coef > 0, trunk)
                         loss = policy_part = ppo_loss(logprobs, old, adv, clip=clip, n_tokens=n_tokens)
@@ -495,12 +497,12 @@ if __name__ == '__main__':
                 if warming:  # the value function learns alone
                     for p in policy_parameters:
                         p.grad = None
-                if n_done == 0:  # nothing has moved since the old log-probs
-                    assert abs(sums[4] - 1) < 0.05 and (sums[5] < 1e-3 or not exact), f'ratios before an update: off 1 by {sums[5]}'
                 norm = finish_gradients(parameters, policy.shard, grad_clip)
                 if not (math.isfinite(norm) and np.isfinite(sums).all()):
                     raise UserError(f'iteration {iteration}: loss {sums[0]:.4g}, value loss {sums[1]:.4g}, gradient norm {norm}; stopped '
                                     f'(a lower lr helps most often). {checkpoints.keep_batch(state["updates"] + 1, [examples[i] for i in rows])}')
+                if n_done == 0:  # nothing has moved since the old log-probs
+                    assert abs(sums[4] - 1) < 0.05 and (sums[5] < 1e-3 or not exact), f'ratios before an update: off 1 by {sums[5]}'
                 stopped = target_kl > 0 and sums[2] > target_kl
                 if stopped:
                     optimizer.zero_grad(set_to_none=True)
@@ -530,6 +532,8 @@ if __name__ == '__main__':
             # how far from the reference, a token
             kl_coef=used_kl_coef, kl=masked_mean(k1, mask), kl_k3=masked_mean(k3(old_logprobs, ref_logprobs), mask),
             entropy=masked_mean(entropy, mask),
+            # mean |log p of the sampler - log p of the trainer|: rounding alone
+            sampler_gap=sampler_gap,
             # the update
             **means, updates=n_done, learning_rows=sum(learns) / n_rollouts, lr=optimizer.param_groups[0]['lr'],
             # the solutions
@@ -560,7 +564,7 @@ if __name__ == '__main__':
             validate()
         stops = asked_to_stop() and iteration < n_iterations
         if stops or iteration % save_interval == 0 or iteration == n_iterations:
-            checkpoints.save(iteration, learners, optimizer, state)
+            checkpoints.save(iteration, models, optimizer, state)
         if stops:
             leave(f' after iteration {iteration} of {n_iterations}')
     policy.save_pretrained(os.path.join(out_dir, 'last'), tok)

@@ -149,7 +149,7 @@ def labelled_example(prompt_ids, ids, ends, good, tokenizer, learned=None):
 if __name__ == '__main__':
     settings = override(globals())
     device, dtype = setup(device, dtype, seed)
-    resume = resuming(init_from, out_dir)
+    resume = from_main(lambda: resuming(init_from, out_dir))
 
     # 0. everything that can be wrong with the input, before anything is written
     for name, allowed in (('granularity', ('step', 'solution')), ('label_tokens', ('new', 'text'))):

@@ -536,7 +536,8 @@ def fit(model, rows, steps, log, *, batch_size=64, micro_tokens=16384, lr=1e-5, 
         batch = [rows[i] for i in order[step % per_epoch * batch_size:][:batch_size]]
         n_labels, total = sum(not math.isnan(x) for row in batch for x in row.labels), 0.0
         for micro, weight in my_micro_batches(batch, micro_tokens):
-            with enough_memory(f'update {step + 1}', f'lower micro_tokens = {micro_tokens}, or set grad_checkpointing'), autocast(device, dtype):
+            with enough_memory(f'update {step + 1}, a micro-batch of {len(micro)} rows',
+                               f'lower micro_tokens = {micro_tokens}, or set grad_checkpointing'), autocast(device, dtype):
                 loss = weight * model.run(labels_loss, micro) / n_labels
                 backward(loss, model)
             total += loss.item()
@@ -596,7 +597,7 @@ if __name__ == '__main__':
             raise UserError(f'{name} is one of {allowed}, not {settings[name]!r}')
     if min(k, rollouts, heldout, batch_size, micro_tokens) < 1 or temperature <= 0 or epochs <= 0:
         raise UserError('k, rollouts, heldout, batch_size and micro_tokens must be at least 1, temperature and epochs above 0')
-    resume = resuming(init_from, out_dir)
+    resume = from_main(lambda: resuming(init_from, out_dir))
     policy_from = read_run(out_dir)['init_from'] if resume else init_from
     problems = load_problems(task, 'train')
     if not 0 <= n_questions <= len(problems):
@@ -669,7 +670,7 @@ if __name__ == '__main__':
     model = Transformer.from_pretrained(base or policy_from, device, dtype if lora_rank else torch.float32, value_head=True,
                                         lora_rank=lora_rank, lora_alpha=lora_alpha, shard=shard, product_dtype=dtype)
     model.grad_checkpointing = grad_checkpointing
-    print(memory_needed([model], dtype, micro_tokens, max(len(row.ids) for row in rows), 0, 0, 0))
+    print(memory_needed([model], dtype, micro_tokens, max(len(row.ids) for row in rows)))
     fit(model, rows, steps, log, batch_size=batch_size, micro_tokens=micro_tokens, lr=lr, min_lr=min_lr, warmup=warmup,
         weight_decay=weight_decay, grad_clip=grad_clip, seed=seed, dtype=dtype, out_dir=out_dir, save_interval=save_interval, resume=resume)
 

@@ -193,7 +193,7 @@ def learn_bpe(texts, n_merges):
 def load_tokenizer(path, conditioned=True):
     """The tokenizer of a checkpoint, a run's folder or a tokenizer's folder; 'gpt2' for tiktoken's; else a hub name. UserError
     if there is none, and unless `conditioned` for that of a return-conditioned policy, which most training cannot start from."""
-    for folder in (os.path.join(path, 'best'), os.path.join(path, 'last'), path):
+    for folder in [os.path.join(path, name) for name in ('best', 'best.old', 'last', 'last.old')] + [path]:
         if any(os.path.exists(os.path.join(folder, name)) for name in ('bpe.json', 'tokenizer_config.json')):
             break
     else:

@@ -20,8 +20,8 @@ import torch
 import eval as evaluation
 import rewards
 from config import Log, UserError, bar, leave, listen_for_stop, override, read_run, resuming, start_run
-from model import (Checkpoints, ModelConfig, Transformer, asked_to_stop, autocast, backward, enough_memory, finish_gradients, learning_rate,
-                   make_optimizer, memory_needed, peak_flops, setup, sharding, sum_over_processes, world_size)
+from model import (Checkpoints, ModelConfig, Transformer, asked_to_stop, autocast, backward, enough_memory, finish_gradients, from_main,
+                   learning_rate, make_optimizer, memory_needed, peak_flops, setup, sharding, sum_over_processes, world_size)
 from sample import (Example, Sampler, action_logprobs, collate, epoch_order, learn_bpe, load_tokenizer, my_micro_batches, n_computed,
                     padded_length, real_cells)
 
@@ -154,6 +154,8 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
         state.update(checkpoints.load({'model': model}, optimizer) or {})
     start_step = state.get('step', 0)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if compile and model.shard == 'fsdp':
+        print('compile goes without fsdp: not compiled')
     trunk = torch.compile(model.trunk, dynamic=True) if compile and model.shard != 'fsdp' else None
     peak = world_size() * peak_flops(device, dtype) if log is not None else None
     order, epoch = [], -1
@@ -206,7 +208,7 @@ def finetune(model, examples, *, epochs=4.0, max_steps=0, batch_size=128, micro_
 if __name__ == '__main__':
     settings = override(globals())
     device, dtype = setup(device, dtype, seed)
-    resume = resuming(init_from, out_dir)
+    resume = from_main(lambda: resuming(init_from, out_dir))
     init_from = read_run(out_dir)['init_from'] if resume else init_from
 
     # 1. data and tokenizer, before anything is written

@@ -13,6 +13,7 @@ prints and writes.
 """
 import ast
 import difflib
+import errno
 import io
 import json
 import math
@@ -175,7 +176,8 @@ def print_help(settings, lines, source):
 
 
 def one_line(kind, error, trace):
-    """sys.excepthook of the scripts: UserError and Ctrl-C end in one line, with exit codes 2 and 130; a bug in a traceback.
+    """sys.excepthook of the scripts: UserError, a full disk, too little memory and Ctrl-C end in one line, with exit codes 2 and 130; a
+    bug in a traceback.
 
     Processes mostly fail for one reason: the first one says it, and torchrun ends the others while they wait. What goes wrong in
     one of them alone is said by that one."""
@@ -184,6 +186,10 @@ def one_line(kind, error, trace):
     if issubclass(kind, BrokenPipeError):  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        kind, error = UserError, f'{error.filename or "a file"} could not be written: {error.strerror}; what was written before is whole'
+    if kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error):  # torch's, which is not imported here
+        kind, error = UserError, f'out of memory: lower micro_tokens or max_rows, or set grad_checkpointing ({error})'
     if issubclass(kind, UserError):
         who = f'error (process {RANK}): ' if RANK else 'error: '
         tqdm.write(who + ' '.join(str(error).split()), file=sys.stderr)  # write: beside a bar that is still drawn
@@ -204,8 +210,8 @@ stop_asked_at = None  # when the first signal came
 
 
 def listen_for_stop():
-    """From now on SIGINT (Ctrl-C) and SIGTERM ask for a stop after the step at hand: see model.asked_to_stop. A second Ctrl-C stops
-    at once. (Not a second signal of any kind: torchrun answers a Ctrl-C by a SIGTERM to its processes, which had it already.)"""
+    """From now on SIGINT (Ctrl-C) and SIGTERM ask for a stop after the step at hand: see model.asked_to_stop. A second Ctrl-C, a second
+    or more later, stops at once. torchrun passes a signal on to its processes, and kills them after --shutdown-timeout seconds."""
     def ask(number, frame):
         global stop_asked_at
         if stop_asked_at is None:
@@ -227,8 +233,9 @@ def stop_asked():
 def leave(what='', resume='--init_from=resume'):
     """Ends the script with exit code 0 and a line on how to go on. what: where it stands; resume: the flag that does it, if any."""
     command = shlex.join(sys.argv + ([resume] if resume and resume not in sys.argv else []))
+    launcher = f'torchrun --nproc_per_node={os.environ.get("LOCAL_WORLD_SIZE")} [and its other flags]' if SEVERAL else 'python'
     if RANK == 0:
-        tqdm.write(f'stopped{what}; to go on: python {command}', file=sys.stderr)
+        tqdm.write(f'stopped{what}; to go on: {launcher} {command}', file=sys.stderr)
     raise SystemExit(0)
 
 
@@ -237,21 +244,29 @@ def leave(what='', resume='--init_from=resume'):
 
 def resuming(init_from, out_dir):
     """Whether to go on with the run in out_dir: asked for by init_from = 'resume', or since torchrun (--max-restarts) has started this
-    again after a failure. UserError where there is no run to go on with."""
+    job again after a failure. UserError where there is no run to go on with."""
     if init_from == 'resume' and not read_run(out_dir):
         raise UserError(f'{out_dir}: there is no run to resume')
-    return init_from == 'resume' or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and bool(read_run(out_dir))
+    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and read_run(out_dir).get('_job') == job()
+    return init_from == 'resume' or restarted
+
+
+def job():
+    """What a process shares with those that torchrun started before it for the same job: the rendezvous' name, which is 'none' unless
+    given or made up (--standalone), and then the process that is torchrun. '' without torchrun."""
+    name = os.environ.get('TORCHELASTIC_RUN_ID', '')
+    return f'torchrun {os.getppid()}' if name == 'none' else name
 
 
 def start_run(settings, resume=False, overwrite=False):
-    """Creates settings['out_dir'] and writes config.json there: the settings, and as "_commands" the command lines that ran.
+    """Creates settings['out_dir'] and writes config.json there: the settings, as "_commands" the command lines that ran, and "_job".
 
     resume goes on with the run of that folder (it keeps its first init_from), and wins over overwrite, which removes it.
     UserError where the folder holds anything else, or a run without either being asked for."""
     if RANK > 0:
         return
     out_dir = settings['out_dir']
-    config = json.loads(json.dumps(settings)) | {'_commands': [shlex.join(sys.argv)]}  # as it will be read: tuples are lists
+    config = json.loads(json.dumps(settings)) | {'_commands': [shlex.join(sys.argv)], '_job': job()}  # as it will be read: tuples are lists
     try:
         found = os.listdir(out_dir) if os.path.exists(out_dir) else []
         before = read_run(out_dir)
@@ -262,7 +277,7 @@ def start_run(settings, resume=False, overwrite=False):
         if found and not (resume or overwrite):
             raise UserError(f'{out_dir} holds another run; --init_from=resume goes on with it, --overwrite replaces it')
         if resume:
-            harmless = ('init_from', 'out_dir', 'overwrite', 'device', 'shard', '_commands')
+            harmless = ('init_from', 'out_dir', 'overwrite', 'device', 'shard', '_commands', '_job')
             changed = [f'{key} {before.get(key)!r} -> {value!r}' for key, value in config.items()
                        if key not in harmless and (key not in before or before[key] != value)]
             if changed:

@@ -1,9 +1,9 @@
 # The paper's PPO: Llama-2 7B on GSM8K from the SFT checkpoint, sparse reward (Havrilla et al. 2024, section 3).
 # $ torchrun --nproc_per_node=8 sft.py config/gsm8k_llama2_7b_sft.py && torchrun --nproc_per_node=8 ppo.py config/gsm8k_llama2_7b_ppo_sparse.py
 # $ torchrun --nproc_per_node=8 eval.py --init_from=out/gsm8k_llama2_7b_ppo_sparse --task=gsm8k
-# Hardware: 8 GPUs of 80 GB, or with max_rows = 64 one of 80 GB. By the line that the script prints, for prompts of up to 250 tokens, a
+# Hardware: 8 GPUs of 80 GB, or one. By the line that the script prints, for prompts of up to 250 tokens, a
 # GPU holds bf16 weights and adapters, 13.6 GiB, and 3.0 of the adapters' gradients and averages; the reference is the same weights
-# without the adapters. Beside these 5.8 for a micro-batch, or to draw samples a merged copy, 12.6, and 24.0 of cache: 53.1 GiB.
+# without the adapters. Beside these 6.5 for a micro-batch, or to draw samples a merged copy, 12.6, and 24.0 of cache: 53.1 GiB.
 # All weights instead (lora_rank = 0, lr = 1e-6) under FSDP: 12.6 GiB of the policy, 1.6 of the reference, 1.6 of gathered blocks: 52.3.
 # 250 iterations * 1,024 = 256,000 samples, 250 * 4 * 4 = 4,000 updates.
 # Not run. The paper's maj@1: 0.44, maj@96 0.49, rerank@96 0.58, pass@96 0.77, from SFT's 0.41, 0.47, 0.54, 0.72 (as recalled).

@@ -173,6 +173,55 @@ def test_torchrun_restarts_a_job_from_its_last_state(coin, tmp_path):
     assert_close(log_of(tmp_path / 'whole', 'share_correct'), [rows[i] for i in sorted(rows)], ['policy_loss', 'share_correct'], rel=2e-4)
 
 
+def test_bf16_under_fsdp_is_bf16_under_ddp(coin, tmp_path):
+    """The type that GPUs compute in: agreement within its rounding, with and without adapters."""
+    for extra in ([], ['--lora_rank=4']):
+        losses = []
+        for shard in ('ddp', 'fsdp'):
+            out = tmp_path / f'{shard}{len(extra)}'
+            start(several(2), 'sft.py', f'--task={coin}/task', f'--init_from={coin}/policy', *SFT, f'--out_dir={out}', f'--shard={shard}', '--dtype=bfloat16', *extra)
+            losses.append([row['loss'] for row in log_of(out, 'loss')])
+        assert losses[0] == pytest.approx(losses[1], rel=0.03, abs=5e-3)
+
+
+def test_what_goes_wrong_in_process_0_is_known_to_all(coin, tmp_path):
+    """A state whose list of checksums is torn: process 0 alone reads it, and all take the state before."""
+    flags = [f'--task={coin}/task', f'--init_from={coin}/policy', *SFT, f'--out_dir={tmp_path}/run', '--save_interval=1', '--max_steps=3']
+    start(ONE, 'sft.py', *flags)
+    (tmp_path / 'run' / 'state' / '00000003' / 'sha256.json').write_text('{"state')
+    done = start(several(2), 'sft.py', *flags, '--init_from=resume')
+    assert '00000003 is broken' in done.stdout
+    assert [row['step'] for row in log_of(tmp_path / 'run', 'loss')] == [1, 2, 3, 3]
+
+
+def test_processes_that_would_learn_on_their_own_are_refused(coin, tmp_path):
+    flags = [f'--task={coin}/task', f'--init_from={coin}/policy', *SFT, f'--out_dir={tmp_path}/run', '--shard=none']
+    done = subprocess.run([*several(2), 'sft.py', *TINY, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "shard = 'none' is for one process" in done.stderr
+
+
+def test_a_restart_does_not_take_another_run_for_its_own(sft, coin, tmp_path):
+    import shutil
+    shutil.copytree(sft, tmp_path / 'run')
+    before = (tmp_path / 'run' / 'config.json').read_text()
+    flags = [f'--task={coin}/task', f'--init_from={coin}/policy', *SFT, f'--out_dir={tmp_path}/run', '--seed=5']
+    done = subprocess.run([*several(2), '--max-restarts=1', 'sft.py', *TINY, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.count('holds another run') == 2 and (tmp_path / 'run' / 'config.json').read_text() == before
+
+
+def test_a_signal_to_torchrun_saves(coin, tmp_path):
+    command = [*several(2), 'ppo.py', *TINY, f'--task={coin}/task', f'--init_from={coin}/policy', *PPO, '--n_iterations=1000', f'--out_dir={tmp_path}/run',
+               '--save_interval=1000']
+    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log, deadline = tmp_path / 'run' / 'log.jsonl', time.time() + 120
+    while not (log.exists() and log.read_text().count('share_correct') >= 2) and time.time() < deadline:
+        time.sleep(0.1)
+    job.send_signal(signal.SIGTERM)
+    said = job.communicate(timeout=60)[1]
+    assert 'stopped after iteration' in said and 'torchrun --nproc_per_node=2' in said, said
+    assert len(os.listdir(tmp_path / 'run' / 'state')) == 1
+
+
 def test_a_mistake_is_said_once(coin, tmp_path):
     done = subprocess.run([*several(2), 'sft.py', *TINY, '--task=nowhere', f'--out_dir={tmp_path}/run'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and sum(line.startswith('error') for line in done.stderr.splitlines()) == 1, done.stderr
