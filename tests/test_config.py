@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import config
-from config import Log, UserError, bar, override, start_run
+from config import Log, UserError, bar, override, resuming, start_run
 
 SCRIPT = '''"""A script of the tests.
 
@@ -339,9 +339,21 @@ def test_start_run_writes_the_settings(out, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['sft.py', '--name=two words'])
     start_run(values(out))
     config = stored(out)
-    assert config.pop('_commands') == ["sft.py '--name=two words'"]
+    assert config.pop('_commands') == ["sft.py '--name=two words'"] and config.pop('_job') == ''
     assert config == values(out) | {'seeds': [1, 2]}
     assert os.listdir(out) == ['config.json']
+
+
+def test_only_a_restart_of_the_same_job_goes_on_unasked(out, monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'mine')
+    start_run(values(out))
+    assert not resuming('scratch', str(out)) and resuming('resume', str(out))
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    assert resuming('scratch', str(out)) and not resuming('scratch', str(out / 'elsewhere'))
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'another')
+    assert not resuming('scratch', str(out))
+    with pytest.raises(UserError, match='no run to resume'):
+        resuming('resume', str(out / 'elsewhere'))
 
 
 def test_a_run_is_not_replaced_unasked(out):
