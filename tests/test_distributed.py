@@ -173,6 +173,29 @@ def test_torchrun_restarts_a_job_from_its_last_state(coin, tmp_path):
     assert_close(log_of(tmp_path / 'whole', 'share_correct'), [rows[i] for i in sorted(rows)], ['policy_loss', 'share_correct'], rel=2e-4)
 
 
+def test_equal_prompts_in_different_processes_get_different_samples(tmp_path, bpe):
+    """Rollouts from one place are dealt to all processes: together they are what one process draws."""
+    torch.manual_seed(0)
+    Transformer(tiny_config(bpe.vocab_size)).init_weights().save_pretrained(str(tmp_path / 'model'), bpe)
+    worker = tmp_path / 'worker.py'
+    worker.write_text(f"""
+import json
+from model import Transformer, rank, setup
+from sample import Sampler, answer, load_tokenizer
+setup('cpu')
+sampler = Sampler(Transformer.from_pretrained('{tmp_path}/model'), load_tokenizer('{tmp_path}/model'))
+drawn = [s.ids for s in answer(sampler, [[5, 6, 7]] * 6 + [[8]], 2, 10, 1.0)]
+if rank() == 0:
+    print(json.dumps(drawn))
+""")
+    drawn = []
+    for launcher in (ONE, several(2), several(3)):
+        done = subprocess.run([*launcher, str(worker)], cwd=ROOT, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': ROOT})
+        assert done.returncode == 0, done.stderr
+        drawn.append(json.loads(done.stdout.splitlines()[-1]))
+    assert drawn[0] == drawn[1] == drawn[2] and len({tuple(ids) for ids in drawn[0]}) == 14
+
+
 def test_bf16_under_fsdp_is_bf16_under_ddp(coin, tmp_path):
     """The type that GPUs compute in: agreement within its rounding, with and without adapters."""
     for extra in ([], ['--lora_rank=4']):
