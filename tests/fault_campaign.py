@@ -19,7 +19,8 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
 
 # -----------------------------------------------------------------------------
 kills = 10       # of each script
-longest = 6.0    # seconds that a script lives at most
+longest = 4.0    # seconds that a script lives at most
+scale = 12       # how much work a script has: enough that it is not done before its last kill
 only = ''        # one script's name; empty: all
 broken = True    # also flip a bit of the newest state after every third kill
 seed = 0
@@ -29,16 +30,16 @@ seed = 0
 def start_and_kill(command, out, kills, longest, seed, break_states=False):
     """Starts the command, kills it after up to `longest` seconds, resumes it, and so on; then lets it end. -> a count of what happened.
     A run that was done before its kill came is not killed again."""
-    rng, count = random.Random(f'campaign {seed}'), {'kills': 0, 'resumed': 0, 'broken states': 0, 'states lost': 0}
+    rng, harmed, count = random.Random(f'campaign {seed}'), [], {'kills': 0, 'resumed': 0, 'broken states': 0, 'states lost': 0}
 
     def states():
-        return sorted(glob.glob(os.path.join(out, '**', 'state', '[0-9]*[0-9]'), recursive=True))
+        return [s for s in sorted(glob.glob(os.path.join(out, '**', 'state', '[0-9]*[0-9]'), recursive=True)) if s not in harmed]
     while True:
         resume = ['--init_from=resume'] if os.path.exists(os.path.join(out, 'config.json')) else []
         before = states()
         process = subprocess.Popen([*command, *resume], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
         try:
-            said, _ = process.communicate(timeout=rng.uniform(1.0, longest) if count['kills'] < kills else 600)
+            said, _ = process.communicate(timeout=rng.uniform(0.5, longest) if count['kills'] < kills else 600)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -52,6 +53,7 @@ def start_and_kill(command, out, kills, longest, seed, break_states=False):
                 with open(file, 'wb') as f:
                     f.write(content)
                 count['broken states'] += 1
+                harmed.append(after[-1])
             continue
         if process.returncode != 0:
             raise AssertionError(f'{command} {resume} ended with {process.returncode}:\n{said}')
@@ -76,8 +78,8 @@ if __name__ == '__main__':
             return __import__('pathlib').Path(work, name)
     coin = conftest.coin.__wrapped__(Folders()) if hasattr(conftest.coin, '__wrapped__') else conftest.coin.__pytest_wrapped__.obj(Folders())
     for name in [only] if only else ['sft', 'ei', 'ppo', 'rcrl', 'rewards']:
-        subprocess.run(command(name, coin, f'{work}/{name}_whole'), cwd=ROOT, check=True, capture_output=True)
-        found = start_and_kill(command(name, coin, f'{work}/{name}'), f'{work}/{name}', kills, longest, f'{seed} {name}', broken)
+        subprocess.run(command(name, coin, f'{work}/{name}_whole', scale), cwd=ROOT, check=True, capture_output=True)
+        found = start_and_kill(command(name, coin, f'{work}/{name}', scale), f'{work}/{name}', kills, longest, f'{seed} {name}', broken)
         try:
             assert_same_run(f'{work}/{name}_whole', f'{work}/{name}')
         except AssertionError as error:

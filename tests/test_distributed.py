@@ -260,7 +260,7 @@ def test_fsdp_holds_a_part_and_gives_back_the_whole(tmp_path, bpe):
     worker.write_text('''
 import sys
 import torch
-from model import Transformer, rank, setup
+from model import Transformer, autocast, rank, setup
 device, _ = setup('cpu')
 for name in ('tied', 'untied'):
     whole = Transformer.from_pretrained(f'{sys.argv[1]}/{name}')
@@ -274,6 +274,12 @@ for name in ('tied', 'untied'):
     ids = torch.arange(12)[None]
     torch.testing.assert_close(part.run(lambda model, ids: model(ids), ids), whole(ids))
     part.save_pretrained(f'{sys.argv[1]}/{name}_again')
+    rope = []  # the angles of rotary positions stay fp32 where products are bf16
+    half = Transformer.from_pretrained(f'{sys.argv[1]}/{name}', shard='fsdp', product_dtype=torch.bfloat16)
+    half.blocks[0].register_forward_pre_hook(lambda block, inputs: rope.append(inputs[1][0].dtype))
+    with torch.no_grad(), autocast(device, torch.bfloat16):
+        half.run(lambda model, ids: model(ids), ids)
+    assert rope == [torch.float32], rope
 ''')
     done = subprocess.run([*several(2), str(worker), str(tmp_path)], cwd=ROOT, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': ROOT})
     assert done.returncode == 0, done.stderr

@@ -220,17 +220,18 @@ def test_activations_take_what_the_formula_says(family, dtype):
 RUN = ['--max_new_tokens=40', '--eval_problems=8', '--device=cpu']
 
 
-def command(name, coin, out):
+def command(name, coin, out, scale=1):
+    """How a script is started here; scale: how much of its work."""
     common = [f'--task={coin}/task', f'--init_from={coin}/policy', f'--out_dir={out}', *RUN]
     return [sys.executable] + {
-        'sft': ['sft.py', *common, '--batch_size=8', '--max_steps=12', '--eval_interval=6', '--save_interval=2', '--lr=1e-3'],
-        'ei': ['ei.py', *common, f'--base={coin}/policy', '--n_questions=40', '--k=4', '--n_rounds=2', '--max_steps=8', '--batch_size=8', '--lr=1e-3',
+        'sft': ['sft.py', *common, '--batch_size=8', f'--max_steps={12 * scale}', '--eval_interval=6', '--save_interval=2', '--lr=1e-3'],
+        'ei': ['ei.py', *common, f'--base={coin}/policy', '--n_questions=40', f'--k={4 * scale}', '--n_rounds=2', f'--max_steps={8 * scale}', '--batch_size=8', '--lr=1e-3',
                '--save_interval=2', '--max_rows=16'],
-        'ppo': ['ppo.py', *common, '--n_rollouts=32', '--minibatch=16', '--epochs=2', '--n_iterations=6', '--eval_interval=3', '--save_interval=1',
+        'ppo': ['ppo.py', *common, '--n_rollouts=32', '--minibatch=16', '--epochs=2', f'--n_iterations={6 * scale}', '--eval_interval=3', '--save_interval=1',
                 '--show=0', '--lr=1e-3'],
-        'rcrl': ['rcrl.py', *common, f'--base={coin}/policy', '--n_questions=24', '--n_worked=5', '--k=3', '--rollouts=3', '--max_steps=8',
+        'rcrl': ['rcrl.py', *common, f'--base={coin}/policy', '--n_questions=24', '--n_worked=5', f'--k={3 * scale}', '--rollouts=3', f'--max_steps={8 * scale}',
                  '--eval_interval=4', '--batch_size=8', '--lr=1e-3', '--right_share=0', '--max_rows=16', '--save_interval=2'],
-        'rewards': ['rewards.py', *[c for c in common if 'eval_problems' not in c], '--kind=prm', '--n_questions=16', '--k=3', '--rollouts=2', '--heldout=6',
+        'rewards': ['rewards.py', *[c for c in common if 'eval_problems' not in c], '--kind=prm', '--n_questions=16', f'--k={3 * scale}', '--rollouts=2', '--heldout=6',
                     '--batch_size=8', '--lr=1e-3', '--epochs=2', '--max_rows=16', '--save_interval=2'],
     }[name]
 
