@@ -13,6 +13,7 @@ $ python model.py --bench                      # what this machine's matrix prod
 """
 import atexit
 import ctypes
+import functools
 import hashlib
 import json
 import math
@@ -181,6 +182,17 @@ def attend(q, k, v):
     return (scores.softmax(dim=-1).to(v.dtype) @ v).view(B, H, T, D)
 
 
+class Linear(nn.Linear):
+    """A linear layer, whose weight can also stand in memory as a CPU's kernels want it: see Transformer.packed."""
+    packed = None
+
+    def forward(self, x):
+        if self.packed is None:
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.to(self.packed.dtype)
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.packed.dtype), self.packed, bias, 'none', [], '')
+
+
 class LoRALinear(nn.Linear):
     """A linear layer that stays as it is beside an adapter of low rank that learns (Hu et al. 2021, arXiv 2106.09685):
     W x + b + alpha / r * B A x. A (r, in) starts random and B (out, r) at zero, so that nothing is changed at first. One adapter for
@@ -229,8 +241,8 @@ class Attention(nn.Module):
         self.layer, self.n_head, self.n_kv_head, self.head_dim = layer, config.n_head, config.n_kv_head, config.head_dim
         width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         self.split = (width, kv_width, kv_width)
-        self.qkv = nn.Linear(config.n_embd, width + 2 * kv_width, bias=config.qkv_bias)  # one matrix product for the three
-        self.out = nn.Linear(width, config.n_embd, bias=config.out_bias)
+        self.qkv = Linear(config.n_embd, width + 2 * kv_width, bias=config.qkv_bias)  # one matrix product for the three
+        self.out = Linear(width, config.n_embd, bias=config.out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -257,8 +269,8 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = config.activation
         width = config.n_inner * (2 if config.activation == 'silu' else 1)
-        self.up = nn.Linear(config.n_embd, width, bias=config.mlp_bias)
-        self.out = nn.Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
+        self.up = Linear(config.n_embd, width, bias=config.mlp_bias)
+        self.out = Linear(config.n_inner, config.n_embd, bias=config.mlp_bias)
 
     def forward(self, x):
         x = self.up(x)
@@ -408,7 +420,7 @@ class Transformer(nn.Module):
             self.register_buffer('sin', sin, persistent=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
         self.value_head = None
@@ -520,6 +532,23 @@ class Transformer(nn.Module):
         finally:
             for m in layers:
                 m.adapting = True
+
+    # ---- decoding on a CPU
+
+    @contextmanager
+    def packed(self, dtype):
+        """Within it linear layers use copies of their weights, in dtype and laid out for oneDNN, which else lays out a weight anew in every
+        product: for few rows that takes as long as the product itself. The same numbers come out, 1.06 times as fast for 256 rows, 1.4 times
+        for 16 and 2 times for one. No gradients, and weights must not change; without effect where there is no such copy to be had."""
+        on_cpu = self.embed.weight.device.type == 'cpu'
+        layers = [m for m in self.modules() if isinstance(m, Linear)] if on_cpu and can_pack(dtype) else []
+        try:
+            for m in layers:
+                m.packed = torch.ops.mkldnn._reorder_linear_weight(m.weight.detach().to(dtype), 256)  # rows to be expected
+            yield self
+        finally:
+            for m in layers:
+                m.packed = None
 
     # ---- several processes
 
@@ -976,6 +1005,16 @@ def fast_cpu_matmul():
     error = (F.linear(a, b) - F.linear(a.double(), b.double())).abs().max()
     if error > 1e-3:  # true fp32 is off by 3e-5 here, bf16 by 0.2
         torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@functools.cache
+def can_pack(dtype):
+    """Whether oneDNN's own layouts of weights are to be had here (Transformer.packed). PyTorch offers them under names that may move."""
+    one = torch.eye(64, dtype=dtype)
+    try:
+        return torch.equal(torch.ops.mkldnn._linear_pointwise(one, torch.ops.mkldnn._reorder_linear_weight(one, 1), None, 'none', [], ''), one)
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def keep_freed_memory():

@@ -571,7 +571,7 @@ class Sampler:
         waiting = deque((i, j) for i in order for j in range(k))
         samples, cohorts = [None] * len(waiting), []
         progress = bar(desc=desc, total=len(waiting)) if desc else None
-        with autocast(self.device, self.dtype):
+        with autocast(self.device, self.dtype), self.model.packed(self.dtype):
             while waiting or cohorts:
                 # As soon as a quarter of the rows are free, the next samples start. Cohorts of different age share the linear layers.
                 n_rows = sum(len(c.row) for c in cohorts)
