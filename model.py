@@ -299,18 +299,20 @@ def round_up(n, multiple):
 
 
 def cache_block(device):
-    """Slots for tokens that a cache adds at a time: on a GPU every block is a launch more."""
-    return 32 if torch.device(device).type == 'cpu' else 256
+    """Slots for tokens that a cache adds at a time, (slots of the last block that are read, a multiple of) there: a GPU reads a part
+    of a block as fast as a whole one, a CPU does not, and on a GPU every block is a launch more."""
+    return (32, 32) if torch.device(device).type == 'cpu' else (256, 64)
 
 
 def cache_bytes(config, n_prompts, longest, rows, max_new_tokens, dtype, device='cpu'):
     """What KVCache takes at most: n_prompts of at most `longest` tokens, and rows samples of at most max_new_tokens."""
-    slots = n_prompts * round_up(longest, PROMPT_MULTIPLE) + rows * round_up(max_new_tokens, cache_block(device))
+    slots = n_prompts * round_up(longest, PROMPT_MULTIPLE) + rows * round_up(max_new_tokens, cache_block(device)[0])
     return slots * 2 * config.n_layer * config.n_kv_head * config.head_dim * dtype.itemsize
 
 
 class KVCache:
-    """Keys and values of samples that started together, so that all have equally many tokens of their own.
+    """Keys and values of samples that started together, so that all have equally many tokens of their own. First its prompts are
+    read (filling), then a token of every sample at a time (start, and before each token next_token).
 
     Prompts are kept once, however many samples they have: prompt_k[layer] (P, n_kv_head, head_dim, longest), prompt_v[layer] (P,
     n_kv_head, longest, head_dim), padded on the right to a multiple of 16. In a decoding step a prompt's keys are read once for all of
@@ -325,8 +327,8 @@ class KVCache:
         """lengths: (P,) of the prompts. They are filled by trunk(ids, cache=cache), some rows at a time: see `filling`."""
         P, KV, D, on_cpu = len(lengths), config.n_kv_head, config.head_dim, torch.device(device).type == 'cpu'
         longest = round_up(int(lengths.max()), PROMPT_MULTIPLE)
-        self.lengths, self.n_layer = lengths.to(device), config.n_layer
-        self.block_size = cache_block(device)
+        self.lengths = lengths.to(device)
+        self.block_size, self.part = cache_block(device)
         self.prompt_k = [torch.zeros(P, KV, D, longest, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.prompt_v = [torch.zeros(P, KV, longest, D, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.keys_first, self.values_turned = on_cpu and dtype == torch.float32, on_cpu and dtype != torch.float32
@@ -336,7 +338,22 @@ class KVCache:
         """From now on trunk reads samples. source: (rows,) the number of each one's prompt, ascending."""
         self.filling, self.used = None, 0
         self.k, self.v = [[] for _ in self.prompt_k], [[] for _ in self.prompt_v]
+        self.slot = torch.zeros(1, dtype=torch.long, device=source.device)  # in the last block, of the token that is read
         self._place(source)
+
+    def next_token(self):
+        """Makes room for one more token of every sample. Returns whether attend now computes with other tensors or shapes than before;
+        if not, the same kernels on the same memory read the next token, since its slot stands in a tensor."""
+        block, slot = divmod(self.used, self.block_size)
+        if slot == 0:  # zeros: what is not filled yet is multiplied by 0
+            rows, (_, KV, D, _), like = len(self.source), self.prompt_k[0].shape, self.prompt_k[0]
+            for k, v in zip(self.k, self.v):
+                k.append(like.new_zeros(rows, KV, self.block_size, D))
+                v.append(like.new_zeros((rows, KV, D, self.block_size) if self.values_turned else (rows, KV, self.block_size, D)))
+        self.slot.fill_(slot)
+        self.used += 1
+        self.read = round_up(slot + 1, self.part)  # slots of the last block
+        return slot % self.part == 0
 
     def select(self, rows):
         """Keeps the given rows (ascending): finished ones leave, and prompts without any."""
@@ -382,25 +399,23 @@ class KVCache:
             self.prompt_v[layer][self.filling, :, :k.shape[2]] = v
             return attend(q, k, v)
         (rows, H, _, D), KV = q.shape, k.shape[1]
-        block, slot = divmod(self.used, self.block_size)
-        if slot == 0:  # zeros: what is not filled yet is multiplied by 0
-            self.k[layer].append(k.new_zeros(rows, KV, self.block_size, D))
-            self.v[layer].append(v.new_zeros((rows, KV, D, self.block_size) if self.values_turned else (rows, KV, self.block_size, D)))
         own_k, own_v = self.k[layer], [values.mT if self.values_turned else values for values in self.v[layer]]
+        own_k[-1].index_copy_(2, self.slot, k)
+        own_v[-1].index_copy_(2, self.slot, v)
+        own_k, own_v = (x[:-1] + [x[-1][:, :, :self.read]] for x in (own_k, own_v))
         if layer == 0:
-            own = torch.zeros(rows, (block + 1) * self.block_size, device=q.device)
-            own[:, self.used + 1:] = -torch.inf
-            self.mask = torch.cat((self.prompt_mask, own), -1)[:, None, None]           # (rows, 1, 1, slots)
-        own_k[block][:, :, slot], own_v[block][:, :, slot] = k[:, :, 0], v[:, :, 0]
+            unused = torch.arange(self.read, device=q.device) > self.slot
+            own = torch.zeros(rows, self.block_size * (len(own_k) - 1), device=q.device)
+            last = torch.zeros(rows, self.read, device=q.device).masked_fill_(unused, -torch.inf)
+            self.mask = torch.cat((self.prompt_mask, own, last), -1)[:, None, None]     # (rows, 1, 1, slots)
         q = (q * D ** -0.5).reshape(rows, KV, H // KV, D)                                # the heads of a group, as queries of their key head
         scores = [self._by_row(self._by_prompt(q) @ self.prompt_k[layer], H // KV)]
         scores += [(keys @ q.mT).mT if self.keys_first else q @ keys.mT for keys in own_k]
         p = torch.cat(scores, -1).add_(self.mask).softmax(-1).to(v.dtype)                # (rows, KV, G, slots)
-        p, *own = p.split([self.prompt_mask.shape[1]] + [self.block_size] * (block + 1), -1)
+        p, *own = p.split([self.prompt_mask.shape[1]] + [keys.shape[2] for keys in own_k], -1)
         y = self._by_row(self._by_prompt(p) @ self.prompt_v[layer], H // KV)
         for p, values in zip(own, own_v):
             y += p @ values
-        self.used += layer == self.n_layer - 1
         return y.view(rows, H, 1, D)
 
 

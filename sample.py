@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError, bar, override, read_run
-from model import (KVCache, Transformer, autocast, enough_memory, find_checkpoint, from_all, rank, read_json, refuse_missing_folder, setup,
-                   world_size)
+from model import (KVCache, Transformer, autocast, enough_memory, find_checkpoint, first_line, from_all, rank, read_json,
+                   refuse_missing_folder, setup, world_size)
 
 # -----------------------------------------------------------------------------
 # settings, for running this file as a script
@@ -244,9 +244,9 @@ def random_stream(seed, prompt_ids, number):
 def uniform(stream, step):
     """One number in (0, 1) a row: SplitMix64 (Steele, Lea and Flood 2014) at position `step` of each stream.
 
-    stream: (R,) int64. Returns (R,) fp32. int64 products wrap around in torch, as the algorithm wants; its shifts are
-    arithmetic, so that the copies of the sign bit have to be masked away."""
-    x = stream + torch.tensor(step + 1, device=stream.device) * -7046029254386353131
+    stream: (R,) int64; step: a number, or int64 of one element. Returns (R,) fp32. int64 products wrap around in torch, as the algorithm
+    wants; its shifts are arithmetic, so that the copies of the sign bit have to be masked away."""
+    x = stream + (torch.as_tensor(step, device=stream.device) + 1) * -7046029254386353131
     x = (x ^ ((x >> 30) & (1 << 34) - 1)) * -4658895280553007687
     x = (x ^ ((x >> 27) & (1 << 37) - 1)) * -7723592293110705685
     x = x ^ ((x >> 31) & (1 << 33) - 1)
@@ -290,7 +290,7 @@ def draw(logits, u, temperature, top_k=0, top_p=1.0, vocab_size=None):
     real = V if vocab_size is None else vocab_size
     top = x[:, :real].max(-1, keepdim=True).values
     p = (x - top).exp_()
-    p[:, real:] = 0
+    p[:, real:].zero_()
     log_total = p.sum(-1).log_() + top[:, 0]
     if real < V:
         log_total = torch.logaddexp(log_total, x[:, real:].logsumexp(-1))
@@ -424,11 +424,12 @@ class Sample(NamedTuple):
 
 class Cohort:
     """Samples that started together, and so are equally long at every step. rows: their names, (number of prompt, of sample);
-    row (R,): the numbers, within the cohort, of those that go on."""
+    row (R,): the numbers, within the cohort, of those that go on. A sample is done once it has as many tokens as its length says, which
+    is its budget until it ends; what it may draw beyond is not looked at."""
 
-    def __init__(self, sampler, rows, prompts, stream, budget):
-        """Prefills the prompts (lists of ids; equal neighbours once) -> logits (R, V) of every sample's first token."""
-        self.sampler, self.rows, self.t = sampler, rows, 0
+    def __init__(self, sampler, rows, prompts, stream, budget, settings):
+        """Prefills the prompts (lists of ids; equal neighbours once) and draws every sample's first token."""
+        self.sampler, self.rows, self.t, self.settings = sampler, rows, 0, settings
         model, device = sampler.model, sampler.device
         # Equal neighbours are one prompt; but the cache has a table of prompts * the most samples of one, so that a prompt with
         # many more samples than the others is taken as several.
@@ -452,51 +453,66 @@ class Cohort:
             hidden = model.trunk(ids[i:i + step], cache=self.cache)
             last.append(hidden[torch.arange(len(hidden)), length[i:i + step] - 1])
         source = torch.tensor(source, device=device)
-        self.logits = model.logits(torch.cat(last))[source]
         self.cache.start(source)
-        self.positions = length.to(device)[source]  # of the next token
-        self.stream, self.budget = torch.tensor(stream, device=device), torch.tensor(budget, device=device)
-        self.row = torch.arange(len(rows), device=device)
+        self.stream, self.row = torch.tensor(stream, device=device), torch.arange(len(rows), device=device)
 
-        R, most = len(rows), max(budget)
-        self.ids = torch.zeros(R, most, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(R, most, device=device)
-        self.length = self.budget.clone()
+        R, self.most = len(rows), max(budget)
+        self.ids = torch.zeros(R, self.most, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(R, self.most, device=device)
+        self.length = torch.tensor(budget, device=device)
         self.finished = torch.zeros(R, dtype=torch.bool, device=device)
-        self.done = torch.zeros(R, dtype=torch.bool, device=device)  # finished, or at the end of the budget
         # A return-conditioned policy reads its label again after every line break: for as many steps as the label has ids, they
         # take the place of what the row draws, while the others go on.
         labels = sampler.tokenizer.labels
         self.label = torch.tensor(sampler.label if labels and labels.granularity == 'step' else [], dtype=torch.long, device=device)
         self.to_read = torch.zeros(R, dtype=torch.long, device=device)  # ids of the label that a row has still to read
-        self.read = torch.zeros(R, most, dtype=torch.bool, device=device)  # which ids were read so
+        self.read = torch.zeros(R, self.most, dtype=torch.bool, device=device)  # which ids were read so
 
-    def take(self, temperature, top_k, top_p, stop):
-        """Draws a token for every row from self.logits; rows that are done leave."""
-        row, t, tokenizer = self.row, self.t, self.sampler.tokenizer
-        token, logprob = draw(self.logits, uniform(self.stream, t), temperature, top_k, top_p, tokenizer.vocab_size)
+        self.step = torch.zeros(1, dtype=torch.long, device=device)         # t, where kernels find it
+        self.token = torch.zeros(R, dtype=torch.long, device=device)        # each row's last one
+        self.positions = length.to(device)[source] - 1                      # its place in the whole text
+        self.take(model.logits(torch.cat(last))[source])
+
+    def take(self, logits):
+        """Draws a token for every row from logits (R, V). Nothing here waits for the device, or depends on t but through step."""
+        row, step, tokenizer = self.row, self.step, self.sampler.tokenizer
+        temperature, top_k, top_p, _ = self.settings
+        token, logprob = draw(logits, uniform(self.stream, step), temperature, top_k, top_p, tokenizer.vocab_size)
         if len(self.label):
             to_read = self.to_read[row]
             token = torch.where(to_read > 0, self.label[-to_read.clamp(min=1)], token)
-            self.read[row, t] = to_read > 0
+            self.read[row, step] = to_read > 0
             self.to_read[row] = torch.where(to_read > 0, to_read - 1, len(self.label) * self.sampler.ends_line[token])
-        self.ids[row, t], self.logprobs[row, t] = token, logprob
-        ended = token == tokenizer.eos
+        self.ids[row, step], self.logprobs[row, step] = token, logprob
+        self.end(token == tokenizer.eos)
+        self.token.copy_(token)
+        # A sample that is done may wait some steps for others to leave with it: not beyond the context.
+        self.positions.add_(1).clamp_(max=self.sampler.model.config.block_size - 1)
+
+    def end(self, ended):
+        """The rows where `ended` (R,) are finished with the token they just drew, if they were not done before."""
+        length = self.length[self.row]
+        ended = ended & (length > self.step)
+        self.finished[self.row] |= ended
+        self.length[self.row] = torch.where(ended, self.step + 1, length)
+
+    def go_on(self):
+        """After every token: looks, now and then, who is done, and lets them leave. Returns whether rows left."""
+        row, stop, sampler = self.row, self.settings[-1], self.sampler
         if stop:
-            ended |= self.sampler._stopped(self.ids[row, :t + 1], self.read[row, :t + 1], stop)
-        going = ~self.done[row]
-        new = row[ended & going]
-        self.finished[new], self.length[new] = True, t + 1
-        self.done[row[(ended | (self.budget[row] == t + 1)) & going]] = True
-        alive = ~self.done[row]
-        n_alive = int(alive.sum())
-        self.t, self.token, self.logits = t + 1, token, None
-        # Not one by one: that would copy what the cache holds of the samples at every step.
-        if n_alive <= 0.9 * len(row):
-            keep = alive.nonzero().squeeze(-1)
-            self.row, self.stream, self.token, self.positions = row[keep], self.stream[keep], token[keep], self.positions[keep]
-            if n_alive:
-                self.cache.select(keep)
+            self.end(sampler._stopped(self.ids[row, :self.t + 1], self.read[row, :self.t + 1], stop))
+        self.t += 1
+        looks = self.t % sampler.patience == 0 or self.t == self.most
+        alive = self.length[row] > self.t if looks else None
+        n_alive = int(alive.sum()) if looks else len(row)
+        self.step.fill_(self.t)
+        if n_alive > sampler.crowd * len(row):
+            return False
+        keep = alive.nonzero().squeeze(-1)
+        self.row, self.stream, self.token, self.positions = row[keep], self.stream[keep], self.token[keep], self.positions[keep]
+        if n_alive:
+            self.cache.select(keep)
+        return True
 
     def results(self):
         """[(name, ids, log-probs, finished)] of all rows, without the labels that they read."""
@@ -519,6 +535,37 @@ class Together:
         return torch.cat([cache.attend(layer, *part) for cache, *part in parts])
 
 
+class Replay:
+    """f, called again and again without arguments, with all that it reads and writes at the same places. On a GPU its kernels are
+    recorded at the second call as a CUDA graph, which then starts them all at once: a decoding step has some thirty a layer, and starting
+    them one by one takes longer than a small model's step itself."""
+    works = True  # until a recording fails
+
+    def __init__(self, f, device):
+        self.f, self.device, self.n_calls, self.graph = f, device, 0, None
+
+    def __call__(self):
+        self.n_calls += 1
+        if self.n_calls == 2 and self.device.type == 'cuda' and Replay.works:  # not at once: libraries set themselves up at a first call
+            self.record()
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.f()
+
+    def record(self):
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode='thread_local'):  # other threads, NCCL's say, may go on
+                self.f()
+            self.graph = graph
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            Replay.works = False
+            print(f'decoding goes without CUDA graphs, more slowly: {first_line(error)}')
+
+
 class Sampler:
     """Sampler(model, tokenizer).generate(prompts) -> list of Sample. max_rows: samples decoded at a time. Their cache takes at most
     model.cache_bytes(config, prompts, longest prompt, max_rows, max_new_tokens, dtype, device), and for a moment, when rows leave, a
@@ -534,6 +581,9 @@ class Sampler:
         if max_rows < 1:
             raise UserError('max_rows must be at least 1')
         self.label = getattr(tokenizer.labels, condition) if tokenizer.labels and condition != 'none' else []
+        # How often, in tokens, a cohort looks who is done: a GPU that is asked has to compute all that it was given first. And down to which
+        # share of its rows none leave: that copies what the cache holds of the samples, and a GPU's graph is recorded again.
+        self.patience, self.crowd = (1, 0.9) if self.device.type == 'cpu' else (8, 0.75)
         self.ends_line = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
         if self.label:
             self.ends_line[list(tokenizer.newline_ids)] = True
@@ -569,7 +619,7 @@ class Sampler:
         streams = [[random_stream(seed, p, n + j) for j in range(k)] for p, n in zip(prompts, first or first_numbers(prompts, k))]
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         waiting = deque((i, j) for i in order for j in range(k))
-        samples, cohorts = [None] * len(waiting), []
+        samples, cohorts, decode = [None] * len(waiting), [], None
         progress = bar(desc=desc, total=len(waiting)) if desc else None
         with autocast(self.device, self.dtype), self.model.packed(self.dtype):
             while waiting or cohorts:
@@ -578,17 +628,19 @@ class Sampler:
                 if waiting and n_rows <= 0.75 * self.max_rows:
                     rows = [waiting.popleft() for _ in range(min(len(waiting), self.max_rows - n_rows))]
                     cohorts.append(Cohort(self, rows, [given[i] for i, j in rows], [streams[i][j] for i, j in rows],
-                                          [budgets[i] for i, j in rows]))
+                                          [budgets[i] for i, j in rows], (temperature, top_k, top_p, stop)))
+                    moved, stepped = True, cohorts[-1:]
                 else:
-                    token, positions = (torch.cat(x)[:, None] for x in zip(*[(c.token, c.positions) for c in cohorts]))
-                    cache = cohorts[0].cache if len(cohorts) == 1 else Together([c.cache for c in cohorts])
-                    logits = self.model.logits(self.model.trunk(token, positions, cache)[:, 0])
-                    for c, part in zip(cohorts, logits.split([len(c.row) for c in cohorts])):
-                        # A sample that is done may wait some steps for others to leave with it: not beyond the context.
-                        c.logits, c.positions = part, (c.positions + 1).clamp(max=self.model.config.block_size - 1)
-                for c in cohorts:
-                    if c.logits is not None:
-                        c.take(temperature, top_k, top_p, stop)
+                    # not any(... for ...), which would leave the others without room
+                    changed = any([c.cache.next_token() for c in cohorts])
+                    if changed or decode is None:
+                        decode = Replay(lambda now=tuple(cohorts): self._decode(now), self.device)
+                    decode()
+                    moved, stepped = False, cohorts
+                for c in stepped:
+                    moved |= c.go_on()
+                if moved:
+                    decode = None
                 for c in [c for c in cohorts if not len(c.row)]:
                     cohorts.remove(c)
                     for (i, j), ids, logprobs, finished in c.results():
@@ -598,6 +650,14 @@ class Sampler:
         if progress is not None:
             progress.close()
         return samples
+
+    def _decode(self, cohorts):
+        """Reads the last token of every row, and draws its next one."""
+        token, positions = (torch.cat(x)[:, None] for x in zip(*[(c.token, c.positions) for c in cohorts]))
+        cache = cohorts[0].cache if len(cohorts) == 1 else Together([c.cache for c in cohorts])
+        logits = self.model.logits(self.model.trunk(token, positions, cache)[:, 0])
+        for c, part in zip(cohorts, logits.split([len(c.row) for c in cohorts])):
+            c.take(part)
 
     def _stopped(self, ids, read, stop):
         """Whether each row of ids (R, t + 1) has just completed a stop string, labels (where `read`) left out: looks at the text of

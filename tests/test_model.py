@@ -111,6 +111,7 @@ def test_cached_equals_full_forward(changes):
                     keep = torch.tensor(keep)
                     cache.select(keep)
                     rows = rows[keep]
+            cache.next_token()
             logits = model(own[rows, t][:, None], (lengths[source[rows]] + t)[:, None], cache)
             for row, found in zip(rows, logits[:, 0]):
                 torch.testing.assert_close(found, full[row][lengths[source[row]] + t], atol=2e-5, rtol=1e-5)

@@ -1,5 +1,6 @@
 """Tokenizers and the sampler: exact where it can be exact, against transformers, the model's own forward, and statistics."""
 import contextlib
+import copy
 import hashlib
 import itertools
 import os
@@ -13,7 +14,9 @@ import pytest
 import torch
 import transformers
 from conftest import GPT2, ROOT, TEXTS, loud, real_data, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import sample
 from config import UserError, start_run
 from model import KVCache, Transformer, cache_bytes
 from sample import (BPETokenizer, Example, HFTokenizer, Sampler, action_logprobs, bpe_tokenizer, check_same_tokenizer, collate, draw, epoch_order, learn_bpe,
@@ -366,6 +369,86 @@ def test_the_cache_takes_what_its_formula_says(model, bpe, dtype, monkeypatch):
         held.clear()
     Sampler(model, Endless, 8, dtype).generate(prompts * 8, 2, [5, 9, 20, 30] * 8)
     assert cache_bytes(model.config, 4, longest, 8, 30, dtype) / 2 < max(held) <= cache_bytes(model.config, 12, longest, 8, 30, dtype)
+
+
+class Recorder(TorchDispatchMode):
+    """What a CUDA graph does, for a CPU: keeps what is computed, and computes the same again with the same tensors at the same places,
+    whatever Python would do by now. What no graph can hold is an error: to wait for a number, or to bring one from Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = str(operation)
+        assert not any(bad in name for bad in ('_local_scalar_dense', 'nonzero', 'unique', 'lift_fresh', 'masked_select')), f'{name} in a graph'
+        assert not any(isinstance(a, torch.Tensor) and a.dtype == torch.bool for index in args if isinstance(index, list) for a in index), name
+        out = operation(*args, **(kwargs or {}))
+        self.operations.append((operation, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for operation, args, kwargs, old in self.operations:
+            new = operation(*args, **kwargs)
+            for a, b in zip(old, new) if isinstance(old, (tuple, list)) else [(old, new)]:
+                if a.data_ptr() != b.data_ptr():  # else a view, or written in place
+                    a.copy_(b)
+
+
+class RecordedReplay(sample.Replay):
+    """As on a GPU: the first call warms up, the second is recorded, the others replay."""
+    recorded = replayed = 0
+
+    def __call__(self):
+        self.n_calls += 1
+        if self.n_calls == 2:
+            RecordedReplay.recorded += 1
+            with Recorder() as self.graph:
+                self.f()
+        elif self.graph:
+            RecordedReplay.replayed += 1
+            self.graph.replay()
+        else:
+            self.f()
+
+
+@pytest.mark.parametrize('labels', [False, True])
+@pytest.mark.parametrize('arguments', [dict(temperature=1.3), dict(temperature=0), dict(temperature=1.0, top_k=7), dict(temperature=1.0, top_p=0.9),
+                                       dict(temperature=1.0, stop=('e', '1'))], ids=str)
+def test_a_decoding_step_can_be_replayed(model, bpe, monkeypatch, arguments, labels):
+    """On a GPU a step is a CUDA graph, samples are looked at every eight tokens, and a part of the cache's last block is read. Whatever of
+    it does not depend on the device is done here as it is there, and gives the samples that a CPU's way gives."""
+    model, tok = copy.deepcopy(model), copy.copy(bpe)
+    if labels:
+        tok.add_labels('step', new=True)
+        loud(model.add_tokens(bpe.vocab_size, 2), seed=3)
+    prompts, budgets = PROMPTS * 2, [30, 5, 41, 60, 17, 33, 1, 24]
+    expected = Sampler(model, tok, 12).generate(prompts, 4, budgets, **arguments)
+    monkeypatch.setattr(sample, 'Replay', RecordedReplay)
+    monkeypatch.setattr('model.cache_block', lambda device: (32, 8))
+    monkeypatch.setattr(RecordedReplay, 'recorded', 0)
+    monkeypatch.setattr(RecordedReplay, 'replayed', 0)
+    sampler = Sampler(model, tok, 12)
+    sampler.patience, sampler.crowd = 8, 0.75
+    found = sampler.generate(prompts, 4, budgets, **arguments)
+    assert RecordedReplay.recorded > 3 and RecordedReplay.replayed > RecordedReplay.recorded
+    for a, b in zip(expected, found):
+        assert (a.ids, a.finished) == (b.ids, b.finished)
+        torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_that_cannot_be_recorded_is_computed_all_the_same(model, bpe, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise RuntimeError('operation not permitted when stream is capturing\nand more')
+    monkeypatch.setattr(sample.Replay, 'works', True)
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', lambda: None)
+    monkeypatch.setattr(torch.cuda, 'graph', refuse)
+    calls = []
+    for _ in range(2):
+        replay = sample.Replay(lambda: calls.append(1), torch.device('cuda'))
+        replay(), replay(), replay()
+    assert len(calls) == 6
+    assert capsys.readouterr().out == 'decoding goes without CUDA graphs, more slowly: RuntimeError: operation not permitted when stream is capturing\n'
 
 
 def test_seeds_and_repeated_prompts(model, bpe):
