@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError, bar, override, read_run
-from model import (KVCache, Transformer, autocast, enough_memory, find_checkpoint, first_line, from_all, rank, read_json,
-                   refuse_missing_folder, setup, world_size)
+from model import (KVCache, Transformer, autocast, cache_bytes, enough_memory, find_checkpoint, first_line, from_all, rank, read_json,
+                   refuse_missing_folder, setup, size_text, world_size)
 
 # -----------------------------------------------------------------------------
 # settings, for running this file as a script
@@ -281,6 +281,23 @@ def action_logprobs(model, hidden, ids, temperature=1.0, with_entropy=False, chu
     return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts]) if with_entropy else None
 
 
+def least_kept(p, top_p, most=512):
+    """The probability (R, 1) down to which tokens stay in nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): the likeliest ones
+    that together hold at least top_p of the mass. p: (R, V), not normalised. Nearly always few tokens do, so that the `most` likeliest
+    are looked at first, and only in rows where they do not suffice all are sorted. (On a GPU all at once: to ask it whether they
+    suffice would be to wait for it.)"""
+    V, mass = p.shape[-1], top_p * p.sum(-1, keepdim=True)
+    n = min(most, V) if p.device.type == 'cpu' else V
+    ordered = p.topk(n).values if n < V else p.sort(dim=-1, descending=True).values
+    likelier = ordered.cumsum(-1) - ordered  # the mass of the likelier tokens: the first one always stays
+    least = ordered.gather(-1, (likelier < mass).sum(-1, keepdim=True).clamp(min=1) - 1)
+    if n < V:
+        short = (ordered.sum(-1, keepdim=True) < mass)[:, 0].nonzero()[:, 0]
+        if len(short):
+            least[short] = least_kept(p[short], top_p, V)
+    return least
+
+
 def draw(logits, u, temperature, top_k=0, top_p=1.0, vocab_size=None):
     """Next tokens (R,) from logits (R, V), by the inverse of the cumulative distribution at u (R,), or the likeliest if temperature
     is 0; and their log-probs (R,), as token_logprobs gives them (greedy: at temperature 1), whatever top_k and top_p leave out. Ids
@@ -300,9 +317,7 @@ def draw(logits, u, temperature, top_k=0, top_p=1.0, vocab_size=None):
     if top_k:
         p = p * (p >= p.topk(min(top_k, V)).values[:, -1:])
     if top_p < 1:
-        ordered, index = p.sort(dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # the mass of the likelier tokens; the first one always stays
-        p = torch.zeros_like(p).scatter(-1, index, ordered * (before < top_p * p.sum(-1, keepdim=True)))
+        p = p * (p >= least_kept(p, top_p))
 
     def below(cdf, target):  # strictly below the total, so that what is found is a place at which the sum still grows
         total = cdf[:, -1:]
@@ -535,6 +550,19 @@ class Together:
         return torch.cat([cache.attend(layer, *part) for cache, *part in parts])
 
 
+def rows_that_fit(config, longest, max_new_tokens, max_rows, dtype, device):
+    """max_rows, or as many rows as a GPU's free memory has room for: each with a prompt of `longest` tokens, max_new_tokens of its own, and
+    a row of logits four times. A tenth is left for activations."""
+    if device.type != 'cuda':
+        return max_rows
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    a_row = cache_bytes(config, 1, longest, 1, max_new_tokens, dtype, device) + 4 * 4 * config.vocab_size
+    rows = max(1, min(max_rows, int(0.9 * free / a_row)))
+    if rows < max_rows:
+        print(f'{size_text(free)} are free: {rows} rows at a time instead of {max_rows}')
+    return rows
+
+
 class Replay:
     """f, called again and again without arguments, with all that it reads and writes at the same places. On a GPU its kernels are
     recorded at the second call as a CUDA graph, which then starts them all at once: a decoding step has some thirty a layer, and starting
@@ -567,7 +595,8 @@ class Replay:
 
 
 class Sampler:
-    """Sampler(model, tokenizer).generate(prompts) -> list of Sample. max_rows: samples decoded at a time. Their cache takes at most
+    """Sampler(model, tokenizer).generate(prompts) -> list of Sample. max_rows: samples decoded at a time, fewer where a GPU's memory has
+    not room for as many. Their cache takes at most
     model.cache_bytes(config, prompts, longest prompt, max_rows, max_new_tokens, dtype, device), and for a moment, when rows leave, a
     layer's part of that again; prompts: those of max_rows samples, at most 1.5 * max_rows. dtype: of the matrix products. condition:
     'good', 'bad' or 'none', what a return-conditioned policy is told before its lines; others are told nothing."""
@@ -620,13 +649,15 @@ class Sampler:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         waiting = deque((i, j) for i in order for j in range(k))
         samples, cohorts, decode = [None] * len(waiting), [], None
+        max_rows = min(self.max_rows, max(1, len(waiting)))
+        max_rows = rows_that_fit(self.model.config, max(map(len, given), default=0), max(budgets, default=0), max_rows, self.dtype, self.device)
         progress = bar(desc=desc, total=len(waiting)) if desc else None
         with autocast(self.device, self.dtype), self.model.packed(self.dtype):
             while waiting or cohorts:
                 # As soon as a quarter of the rows are free, the next samples start. Cohorts of different age share the linear layers.
                 n_rows = sum(len(c.row) for c in cohorts)
-                if waiting and n_rows <= 0.75 * self.max_rows:
-                    rows = [waiting.popleft() for _ in range(min(len(waiting), self.max_rows - n_rows))]
+                if waiting and n_rows <= 0.75 * max_rows:
+                    rows = [waiting.popleft() for _ in range(min(len(waiting), max_rows - n_rows))]
                     cohorts.append(Cohort(self, rows, [given[i] for i, j in rows], [streams[i][j] for i, j in rows],
                                           [budgets[i] for i, j in rows], (temperature, top_k, top_p, stop)))
                     moved, stepped = True, cohorts[-1:]

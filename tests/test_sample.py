@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sample
 from config import UserError, start_run
 from model import KVCache, Transformer, cache_bytes
-from sample import (BPETokenizer, Example, HFTokenizer, Sampler, action_logprobs, bpe_tokenizer, check_same_tokenizer, collate, draw, epoch_order, learn_bpe,
-                    load_tokenizer, micro_batches, random_stream, token_logprobs, uniform)
+from sample import (BPETokenizer, Example, HFTokenizer, Sampler, action_logprobs, bpe_tokenizer, check_same_tokenizer, collate, draw,
+                    epoch_order, learn_bpe, least_kept, load_tokenizer, micro_batches, random_stream, rows_that_fit, token_logprobs, uniform)
 
 PROMPTS = ['Question: Tom', 'A', 'Question: Ann sells 4 pens for 5 dollars each. How much', 'Question: Tom has']  # unequal lengths
 
@@ -172,6 +172,18 @@ def test_draws_follow_the_softmax(temperature, top_k, top_p, V):
     torch.testing.assert_close(logprobs, (logits / temperature).log_softmax(-1)[tokens])  # of the whole distribution
     statistic, freedom = chi_square(tokens, p)
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # mean and four standard deviations
+
+
+def test_the_nucleus_is_the_smallest_set_with_the_mass():
+    """Rows where a few tokens hold it, beside flat ones where more are needed than are looked at first."""
+    p = torch.cat([(torch.randn(4, 1500, generator=torch.Generator().manual_seed(0)) * scale).exp() for scale in (0.1, 4.0)])
+    for top_p in (0.01, 0.6, 0.95):
+        least = least_kept(p, top_p)
+        assert ((p[:4] >= least[:4]).sum(-1) > 512).all() == (top_p > 0.5) and ((p[4:] >= least[4:]).sum(-1) < 512).all()
+        for row, cut in zip(p.double(), least[:, 0].double()):
+            kept = row >= cut
+            assert row[kept].sum() >= top_p * row.sum() > row[kept].sum() - row[kept].min()
+        assert all(torch.equal(least_kept(row[None], top_p), cut[None]) for row, cut in zip(p, least))
 
 
 def test_draw_never_takes_padding_or_an_impossible_token():
@@ -435,6 +447,21 @@ def test_a_decoding_step_can_be_replayed(model, bpe, monkeypatch, arguments, lab
     for a, b in zip(expected, found):
         assert (a.ids, a.finished) == (b.ids, b.finished)
         torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_are_as_many_as_a_gpu_has_room_for(monkeypatch, capsys):
+    GB, gpu = 2 ** 30, torch.device('cuda')
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (3 * GB, 80 * GB))
+    monkeypatch.setattr(torch.cuda, 'memory_reserved', lambda device: 9 * GB)   # by torch, of which
+    monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda device: 8 * GB)  # is used: so 4 GiB are free
+    c = tiny_config(50_000, block_size=4096, n_layer=32, n_kv_head=32, head_dim=128)
+    rows = rows_that_fit(c, 100, 400, 256, torch.bfloat16, gpu)
+    one = (112 + 512) * 2 * 32 * 32 * 128 * 2 + 16 * 50_000  # slots of prompt and sample in multiples of 16 and 256, keys and values; logits
+    assert rows == int(0.9 * 4 * GB / one) and 1 < rows < 256
+    assert capsys.readouterr().out == f'4.0 GiB are free: {rows} rows at a time instead of 256\n'
+    assert rows_that_fit(c, 100, 400, 3, torch.bfloat16, gpu) == 3
+    assert rows_that_fit(c, 4000, 4000, 256, torch.float32, gpu) >= 1
+    assert rows_that_fit(c, 100, 400, 256, torch.bfloat16, torch.device('cpu')) == 256
 
 
 def test_a_step_that_cannot_be_recorded_is_computed_all_the_same(model, bpe, monkeypatch, capsys):
