@@ -390,6 +390,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_kept(scri
     assert 'bad_batch.json' in done.stderr and json.loads((tmp_path / 'run' / 'bad_batch.json').read_text())['ids']
 
 
+def test_nothing_is_compiled_twice(script, coin, tmp_path):
+    """Iterations of samples, passes without gradients and updates, whose shapes vary. By dynamo alone, without the C++ it would make."""
+    wrapper = ("import functools, runpy, torch, torch._dynamo; torch.compile = functools.partial(torch.compile, backend='eager'); "
+               "torch._dynamo.config.error_on_recompile = True; runpy.run_path('ppo.py', run_name='__main__')")
+    run_ppo(lambda file, *args, code: script('-c', wrapper, *args, code=code), coin, tmp_path / 'run', '--compile=on', '--n_iterations=4')
+    assert len(iterations(tmp_path / 'run')) == 4
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
 @pytest.mark.parametrize('flags', [[], ['--critic=separate', '--critic_lr=3e-3'], ['--compile=off', '--dtype=float32']], ids=str)
 def test_the_coin_is_loaded_on_a_gpu(script, coin, tmp_path, flags):
