@@ -299,8 +299,8 @@ def round_up(n, multiple):
 
 
 def cache_block(device):
-    """Slots for tokens that a cache adds at a time, (slots of the last block that are read, a multiple of) there: a GPU reads a part
-    of a block as fast as a whole one, a CPU does not, and on a GPU every block is a launch more."""
+    """(slots for tokens that a cache adds at a time, what the number of slots that are read of the last of these blocks is a multiple of).
+    A GPU reads a part of a block as fast as a dense one, and each block costs it some launches more; a CPU is slow with parts."""
     return (32, 32) if torch.device(device).type == 'cpu' else (256, 64)
 
 
@@ -331,7 +331,7 @@ class KVCache:
         P, KV, D, on_cpu = len(lengths), config.n_kv_head, config.head_dim, torch.device(device).type == 'cpu'
         longest = round_up(int(lengths.max()), PROMPT_MULTIPLE)
         self.lengths = lengths.to(device)
-        self.block_size, self.part = cache_block(device)
+        self.block_size, self.read_multiple = cache_block(device)
         self.prompt_k = [torch.zeros(P, KV, D, longest, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.prompt_v = [torch.zeros(P, KV, longest, D, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.bags = on_cpu and config.n_head == KV
@@ -359,8 +359,8 @@ class KVCache:
                 v.append(like.new_zeros((rows, KV, D, self.block_size) if self.values_turned else (rows, KV, self.block_size, D)))
         self.slot.fill_(slot)
         self.used += 1
-        self.read = round_up(slot + 1, self.part)  # slots of the last block
-        return slot % self.part == 0
+        self.n_read = round_up(slot + 1, self.read_multiple)  # slots of the last block
+        return slot % self.read_multiple == 0
 
     def select(self, rows):
         """Keeps the given rows (ascending): finished ones leave, and prompts without any."""
@@ -421,16 +421,16 @@ class KVCache:
         own_k, own_v = self.k[layer], [values.mT if self.values_turned else values for values in self.v[layer]]
         own_k[-1].index_copy_(2, self.slot, k)
         own_v[-1].index_copy_(2, self.slot, v)
-        sizes = [self.prompt_mask.shape[1]] + [self.block_size] * (len(own_k) - 1) + [self.read]
+        sizes = [self.prompt_mask.shape[1]] + [self.block_size] * (len(own_k) - 1) + [self.n_read]
         if layer == 0:
             used = torch.zeros(rows, sum(sizes[1:-1]), device=q.device)
-            last = torch.zeros(rows, self.read, device=q.device)
-            last.masked_fill_(torch.arange(self.read, device=q.device) > self.slot, -torch.inf)
+            last = torch.zeros(rows, self.n_read, device=q.device)
+            last.masked_fill_(torch.arange(self.n_read, device=q.device) > self.slot, -torch.inf)
             self.mask = torch.cat((self.prompt_mask, used, last), -1)[:, None, None]    # (rows, 1, 1, slots)
         q = (q * D ** -0.5).reshape(rows, KV, H // KV, D)                               # the heads of a group, as queries of their key head
         scores = [self._by_row(self._by_prompt(q) @ self.prompt_k[layer], H // KV)]
         scores += [self._bags(q, keys) if self.bags else self._scores(q, keys) for keys in own_k[:-1]]
-        scores += [self._scores(q, own_k[-1][:, :, :self.read])]
+        scores += [self._scores(q, own_k[-1][:, :, :self.n_read])]
         p = torch.cat(scores, -1).add_(self.mask).softmax(-1).to(v.dtype)               # (rows, KV, G, slots)
         p, *own_p = p.split(sizes, -1)
         y = self._by_row(self._by_prompt(p) @ self.prompt_v[layer], H // KV)
@@ -583,7 +583,7 @@ class Transformer(nn.Module):
             yield self
         finally:
             for m in layers:
-                m.packed = None
+                vars(m).pop('packed', None)  # as if it had never been there, for what torch.compile made before
 
     # ---- several processes
 
@@ -997,7 +997,8 @@ def setup(device='auto', dtype='auto', seed=0):
         device = torch.device(device)
         if SEVERAL and device.type == 'cuda':
             device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
-            torch.cuda.set_device(device)
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)  # a number is for all: graphs, say, are recorded on the current device
         torch.empty(1, device=device)
     except Exception as error:
         raise UserError(f'device {str(device)!r} cannot be used: {str(error).strip().split(chr(10))[0]}') from None
@@ -1044,12 +1045,14 @@ def fast_cpu_matmul():
 
 @functools.cache
 def can_pack(dtype):
-    """Whether oneDNN's own layouts of weights are to be had here (Transformer.packed). PyTorch offers them under names that may move."""
-    one = torch.eye(64, dtype=dtype)
+    """Whether oneDNN's own layouts of weights are to be had here (Transformer.packed): PyTorch offers them under names that may move."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(rows, 64, generator=generator).to(dtype) for rows in (8, 96))
     try:
-        return torch.equal(torch.ops.mkldnn._linear_pointwise(one, torch.ops.mkldnn._reorder_linear_weight(one, 1), None, 'none', [], ''), one)
+        found = torch.ops.mkldnn._linear_pointwise(x, torch.ops.mkldnn._reorder_linear_weight(w, 8), None, 'none', [], '')
     except (AttributeError, RuntimeError):
         return False
+    return torch.allclose(found, F.linear(x, w), rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
 
 
 def keep_freed_memory():
@@ -1178,12 +1181,15 @@ def memory_needed(models, dtype, micro_tokens, longest, max_rows=0, longest_prom
     copied = policy.shard == 'fsdp' or dtype != policy.embed.weight.dtype or any(isinstance(m, LoRALinear) for m in policy.modules())
     copy = sum(p.numel() for name, p in policy.named_parameters() if 'lora_' not in name) * dtype.itemsize if copied and max_rows else 0
     cache = cache_bytes(c, max_rows, longest_prompt, max_rows, max_new_tokens, dtype, device)
+    linear = sum(m.weight.numel() for m in policy.modules() if isinstance(m, (Linear, LoRALinear)))
+    packed = linear * dtype.itemsize if max_rows and device.type == 'cpu' and can_pack(dtype) else 0
     text = ', '.join(f'{what} {size_text(n)}' for what, n in parts)
     text += f'; beside these a micro-batch of {micro_tokens:,} tokens {size_text(learning)}' if micro_tokens else ''
     if max_rows:
         text += ', or' if micro_tokens else '; beside these'
-        text += ' for samples ' + (f'a copy of the weights {size_text(copy)} and ' if copy else '') + f'{max_rows} rows of cache {size_text(cache)}'
-    return f'memory of a process at most about {size_text(always + max(learning, copy + cache))}: {text}'
+        text += ' for samples ' + (f'a copy of the weights {size_text(copy)}, ' if copy else '')
+        text += (f'their layout for the CPU {size_text(packed)} and ' if packed else '') + f'{max_rows} rows of cache {size_text(cache)}'
+    return f'memory of a process at most about {size_text(always + max(learning, copy + packed + cache))}: {text}'
 
 
 def size_text(n_bytes):

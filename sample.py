@@ -18,6 +18,7 @@ import os
 import random
 import sys
 from collections import Counter, deque
+from contextlib import suppress
 from functools import cached_property
 from typing import NamedTuple
 
@@ -283,7 +284,7 @@ def action_logprobs(model, hidden, ids, temperature=1.0, with_entropy=False, chu
 
 def least_kept(p, top_p, most=512):
     """The probability (R, 1) down to which tokens stay in nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): the likeliest ones
-    that together hold at least top_p of the mass. p: (R, V), not normalised. Nearly always few tokens do, so that the `most` likeliest
+    that together hold at least top_p of the mass, and all that are as likely as the last of these. p: (R, V), not normalised. Nearly always few tokens do, so that the `most` likeliest
     are looked at first, and only in rows where they do not suffice all are sorted. (On a GPU all at once: to ask it whether they
     suffice would be to wait for it.)"""
     V, mass = p.shape[-1], top_p * p.sum(-1, keepdim=True)
@@ -462,7 +463,7 @@ class Cohort:
         # Padding stands on the right, where causal attention keeps it from the real tokens. Some prompts at a time: that bounds the
         # memory of activations, and what stays in a CPU's caches is prefilled 3 times as fast.
         ids = torch.tensor([p + [0] * (longest - len(p)) for p in unique], device=device)
-        last, step = [], max(1, (2048 if device.type == 'cpu' else 65536) // longest)
+        last, step = [], max(1, PREFILL_TOKENS.get(device.type, 16384) // longest)
         for i in range(0, len(unique), step):
             self.cache.filling = slice(i, i + step)
             hidden = model.trunk(ids[i:i + step], cache=self.cache)
@@ -517,16 +518,18 @@ class Cohort:
         if stop:
             self.end(sampler._stopped(self.ids[row, :self.t + 1], self.read[row, :self.t + 1], stop))
         self.t += 1
-        looks = self.t % sampler.patience == 0 or self.t == self.most
+        looks = bool(stop) or self.t % sampler.patience == 0 or self.t == self.most
         alive = self.length[row] > self.t if looks else None
         n_alive = int(alive.sum()) if looks else len(row)
         self.step.fill_(self.t)
-        if n_alive > sampler.crowd * len(row):
+        if n_alive > sampler.stay_above * len(row):
             return False
         keep = alive.nonzero().squeeze(-1)
         self.row, self.stream, self.token, self.positions = row[keep], self.stream[keep], self.token[keep], self.positions[keep]
         if n_alive:
             self.cache.select(keep)
+        else:
+            self.cache = None  # at once: the next cohort needs the room
         return True
 
     def results(self):
@@ -550,14 +553,20 @@ class Together:
         return torch.cat([cache.attend(layer, *part) for cache, *part in parts])
 
 
-def rows_that_fit(config, longest, max_new_tokens, max_rows, dtype, device):
-    """max_rows, or as many rows as a GPU's free memory has room for: each with a prompt of `longest` tokens, max_new_tokens of its own, and
-    a row of logits four times. A tenth is left for activations."""
+PREFILL_TOKENS = {'cpu': 2048, 'cuda': 16384}  # that are read at a time, of some prompts
+
+
+def rows_that_fit(config, longest, max_new_tokens, k, max_rows, dtype, device):
+    """max_rows, or as many rows as a GPU's free memory has room for: prompts of `longest` tokens, half as many more as have rows, since they
+    wait for each other; max_new_tokens of each row's own; its logits, with what is needed to sort them; and the activations of a prefill.
+    (Other numbers of rows draw the same samples but for rounding, which in bf16 may show.)"""
     if device.type != 'cuda':
         return max_rows
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    a_row = cache_bytes(config, 1, longest, 1, max_new_tokens, dtype, device) + 4 * 4 * config.vocab_size
-    rows = max(1, min(max_rows, int(0.9 * free / a_row)))
+    prefill = PREFILL_TOKENS['cuda'] * dtype.itemsize * (8 * config.n_embd + 3 * config.n_inner)
+    prompt, own = (cache_bytes(config, *sizes, dtype, device) for sizes in ((1, longest, 0, 0), (0, 0, 1, max_new_tokens)))
+    a_row = 1.5 / k * prompt + own + 50 * config.vocab_size
+    rows = max(1, min(max_rows, int(0.9 * (free - prefill) / a_row)))
     if rows < max_rows:
         print(f'{size_text(free)} are free: {rows} rows at a time instead of {max_rows}')
     return rows
@@ -567,7 +576,7 @@ class Replay:
     """f, called again and again without arguments, with all that it reads and writes at the same places. On a GPU its kernels are
     recorded at the second call as a CUDA graph, which then starts them all at once: a decoding step has some thirty a layer, and starting
     them one by one takes longer than a small model's step itself."""
-    works = True  # until a recording fails
+    works, stream = True, None  # until a recording fails; all are recorded on one stream, since libraries keep memory for each
 
     def __init__(self, f, device):
         self.f, self.device, self.n_calls, self.graph = f, device, 0, None
@@ -582,24 +591,36 @@ class Replay:
             self.f()
 
     def record(self):
-        graph = torch.cuda.CUDAGraph()
+        """What torch.cuda.graph does, without giving all unused memory back to the driver first, since we record often."""
+        graph, pool, now = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
+        Replay.stream = Replay.stream or torch.cuda.Stream()
+        Replay.stream.wait_stream(now)
         try:
-            with torch.cuda.graph(graph, capture_error_mode='thread_local'):  # other threads, NCCL's say, may go on
-                self.f()
+            with torch.cuda.stream(Replay.stream):
+                graph.capture_begin(pool=pool, capture_error_mode='thread_local')  # other threads, NCCL's say, may go on
+                try:
+                    self.f()  # is recorded, not computed
+                finally:
+                    graph.capture_end()
+            now.wait_stream(Replay.stream)
             self.graph = graph
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            Replay.works = False
-            print(f'decoding goes without CUDA graphs, more slowly: {first_line(error)}')
+            with suppress(AttributeError, RuntimeError, TypeError):  # else the allocator goes on as if we still recorded
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+                torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+            if not isinstance(error.__context__ or error, torch.OutOfMemoryError):  # with fewer rows there may be room
+                Replay.works = False
+                print(f'decoding goes without CUDA graphs, more slowly: {first_line(error.__context__ or error)}')
 
 
 class Sampler:
-    """Sampler(model, tokenizer).generate(prompts) -> list of Sample. max_rows: samples decoded at a time, fewer where a GPU's memory has
-    not room for as many. Their cache takes at most
+    """Sampler(model, tokenizer).generate(prompts) -> list of Sample.
+
+    max_rows: samples decoded at a time, fewer where a GPU's memory has no room for as many (rows_that_fit). Their cache takes at most
     model.cache_bytes(config, prompts, longest prompt, max_rows, max_new_tokens, dtype, device), and for a moment, when rows leave, a
-    layer's part of that again; prompts: those of max_rows samples, at most 1.5 * max_rows. dtype: of the matrix products. condition:
-    'good', 'bad' or 'none', what a return-conditioned policy is told before its lines; others are told nothing."""
+    layer's part of that again; prompts: those of max_rows samples, at most 1.5 * max_rows. On a CPU the linear layers' weights are there
+    a second time (Transformer.packed). dtype: of the matrix products. condition: 'good', 'bad' or 'none', what a return-conditioned
+    policy is told before its lines; others are told nothing."""
 
     def __init__(self, model, tokenizer, max_rows=256, dtype=torch.float32, condition='good'):
         self.model, self.tokenizer, self.max_rows, self.dtype = model, tokenizer, max_rows, dtype
@@ -610,9 +631,9 @@ class Sampler:
         if max_rows < 1:
             raise UserError('max_rows must be at least 1')
         self.label = getattr(tokenizer.labels, condition) if tokenizer.labels and condition != 'none' else []
-        # How often, in tokens, a cohort looks who is done: a GPU that is asked has to compute all that it was given first. And down to which
-        # share of its rows none leave: that copies what the cache holds of the samples, and a GPU's graph is recorded again.
-        self.patience, self.crowd = (1, 0.9) if self.device.type == 'cpu' else (8, 0.75)
+        # How often, in tokens, a cohort looks who is done: a GPU that is asked has to compute all that it was given first. And the share of
+        # its rows above which none leave: that copies what the cache holds of the samples, and a GPU's graph is recorded again.
+        self.patience, self.stay_above = (1, 0.9) if self.device.type == 'cpu' else (8, 0.75)
         self.ends_line = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
         if self.label:
             self.ends_line[list(tokenizer.newline_ids)] = True
@@ -648,9 +669,11 @@ class Sampler:
         streams = [[random_stream(seed, p, n + j) for j in range(k)] for p, n in zip(prompts, first or first_numbers(prompts, k))]
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         waiting = deque((i, j) for i in order for j in range(k))
+        if not waiting:
+            return []
         samples, cohorts, decode = [None] * len(waiting), [], None
-        max_rows = min(self.max_rows, max(1, len(waiting)))
-        max_rows = rows_that_fit(self.model.config, max(map(len, given), default=0), max(budgets, default=0), max_rows, self.dtype, self.device)
+        max_rows = rows_that_fit(self.model.config, max(map(len, given)), max(budgets), k, min(self.max_rows, len(waiting)), self.dtype,
+                                 self.device)
         progress = bar(desc=desc, total=len(waiting)) if desc else None
         with autocast(self.device, self.dtype), self.model.packed(self.dtype):
             while waiting or cohorts:
@@ -743,7 +766,7 @@ if __name__ == '__main__':
         raise UserError('which checkpoint? --init_from=out/demo_sft')
     device, dtype = setup(device, dtype, seed)
     folder = find_checkpoint(init_from)
-    sampler = Sampler(Transformer.from_pretrained(folder, device), load_tokenizer(folder), dtype=dtype, condition=condition)
+    sampler = Sampler(Transformer.from_pretrained(folder, device, dtype), load_tokenizer(folder), dtype=dtype, condition=condition)
     if not start and sys.stdin.isatty():
         print('a question a line; Ctrl-D ends')
     for text in [start] if start else (line.strip() for line in sys.stdin):

@@ -394,15 +394,17 @@ if __name__ == '__main__':
     n_tokens = sum(map(sum, lengths))
     linear, head = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name.startswith('blocks')), model.head.weight.numel()
     flops = 2 * linear * (n_tokens + sum(map(len, texts))) + 2 * head * n_tokens
-    a = torch.randn(max_rows, C.n_embd, dtype=torch_dtype, device=torch_device)
-    w, rate = model.blocks[0].mlp.up.weight.detach().to(torch_device), 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(10):
-            torch.nn.functional.linear(a, w)
-        if device == 'cuda':
-            torch.cuda.synchronize()
-        rate = max(rate, 10 * 2 * a.numel() * len(w) / (time.perf_counter() - start))
+    model.to(torch_device)
+    a, rate = torch.randn(max_rows, C.n_embd, dtype=torch_dtype, device=torch_device), 0.0
+    with torch.inference_mode(), model.packed(torch_dtype):
+        up = model.blocks[0].mlp.up
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(10):
+                up(a)
+            if device == 'cuda':
+                torch.cuda.synchronize()
+            rate = max(rate, 10 * 2 * a.numel() * up.out_features / (time.perf_counter() - start))
     read = (linear + head) * n_tokens / max_rows
     read += 2 * C.n_layer * C.n_kv_head * C.head_dim * (sum(n * n / 2 for row in lengths for n in row)
                                                         + sum(len(p) * max(row) for p, row in zip(texts, lengths)))

@@ -393,7 +393,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_kept(scri
 def test_nothing_is_compiled_twice(script, coin, tmp_path):
     """Iterations of samples, passes without gradients and updates, whose shapes vary. By dynamo alone, without the C++ it would make."""
     wrapper = ("import functools, runpy, torch, torch._dynamo; torch.compile = functools.partial(torch.compile, backend='eager'); "
-               "torch._dynamo.config.error_on_recompile = True; runpy.run_path('ppo.py', run_name='__main__')")
+               "torch._dynamo.config.error_on_recompile = True; runpy.run_path('ppo.py', run_name='__main__'); "
+               "assert torch._dynamo.utils.counters['stats']['unique_graphs'] > 0")
     run_ppo(lambda file, *args, code: script('-c', wrapper, *args, code=code), coin, tmp_path / 'run', '--compile=on', '--n_iterations=4')
     assert len(iterations(tmp_path / 'run')) == 4
 
