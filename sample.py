@@ -573,17 +573,24 @@ def rows_that_fit(config, longest, max_new_tokens, k, max_rows, dtype, device):
 
 
 class Replay:
-    """f, called again and again without arguments, with all that it reads and writes at the same places. On a GPU its kernels are
+    """replay.start(f), and then replay() again and again: f(), with all that it reads and writes at the same places. On a GPU its kernels are
     recorded at the second call as a CUDA graph, which then starts them all at once: a decoding step has some thirty a layer, and starting
     them one by one takes longer than a small model's step itself."""
-    works, stream = True, None  # until a recording fails; all are recorded on one stream, since libraries keep memory for each
+    works = True  # until a recording fails
 
-    def __init__(self, f, device):
-        self.f, self.device, self.n_calls, self.graph = f, device, 0, None
+    def __init__(self, device):
+        self.records, self.graph, self.before = device.type == 'cuda', None, None
+        if self.records:
+            # One stream, since libraries keep memory for each, and one pool of memory, which goes from a graph to the next.
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def start(self, f):
+        self.f, self.n_calls = f, 0
+        self.before, self.graph = self.graph or self.before, None  # kept for a while: a pool that no graph holds would be given up
 
     def __call__(self):
         self.n_calls += 1
-        if self.n_calls == 2 and self.device.type == 'cuda' and Replay.works:  # not at once: libraries set themselves up at a first call
+        if self.n_calls == 2 and self.records and Replay.works:  # not at once: libraries set themselves up at a first call
             self.record()
         if self.graph:
             self.graph.replay()
@@ -592,22 +599,23 @@ class Replay:
 
     def record(self):
         """What torch.cuda.graph does, without giving all unused memory back to the driver first, since we record often."""
-        graph, pool, now = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
-        Replay.stream = Replay.stream or torch.cuda.Stream()
-        Replay.stream.wait_stream(now)
+        graph, now = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self.stream.wait_stream(now)
         try:
-            with torch.cuda.stream(Replay.stream):
-                graph.capture_begin(pool=pool, capture_error_mode='thread_local')  # other threads, NCCL's say, may go on
+            with torch.cuda.stream(self.stream):
+                graph.capture_begin(pool=self.pool, capture_error_mode='thread_local')  # other threads, NCCL's say, may go on
                 try:
                     self.f()  # is recorded, not computed
                 finally:
                     graph.capture_end()
-            now.wait_stream(Replay.stream)
-            self.graph = graph
+            now.wait_stream(self.stream)
+            self.graph, self.before = graph, None
         except RuntimeError as error:
             with suppress(AttributeError, RuntimeError, TypeError):  # else the allocator goes on as if we still recorded
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-                torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
+                torch._C._cuda_releasePool(torch.cuda.current_device(), self.pool)
+            if not self.before:
+                self.pool = torch.cuda.graph_pool_handle()
             if not isinstance(error.__context__ or error, torch.OutOfMemoryError):  # with fewer rows there may be room
                 Replay.works = False
                 print(f'decoding goes without CUDA graphs, more slowly: {first_line(error.__context__ or error)}')
@@ -671,7 +679,7 @@ class Sampler:
         waiting = deque((i, j) for i in order for j in range(k))
         if not waiting:
             return []
-        samples, cohorts, decode = [None] * len(waiting), [], None
+        samples, cohorts, moved, decode = [None] * len(waiting), [], True, Replay(self.device)
         max_rows = rows_that_fit(self.model.config, max(map(len, given)), max(budgets), k, min(self.max_rows, len(waiting)), self.dtype,
                                  self.device)
         progress = bar(desc=desc, total=len(waiting)) if desc else None
@@ -687,14 +695,12 @@ class Sampler:
                 else:
                     # not any(... for ...), which would leave the others without room
                     changed = any([c.cache.next_token() for c in cohorts])
-                    if changed or decode is None:
-                        decode = Replay(lambda now=tuple(cohorts): self._decode(now), self.device)
+                    if changed or moved:
+                        decode.start(lambda now=tuple(cohorts): self._decode(now))
                     decode()
                     moved, stepped = False, cohorts
                 for c in stepped:
                     moved |= c.go_on()
-                if moved:
-                    decode = None
                 for c in [c for c in cohorts if not len(c.row)]:
                     cohorts.remove(c)
                     for (i, j), ids, logprobs, finished in c.results():

@@ -510,9 +510,9 @@ def test_a_step_that_cannot_be_recorded_is_computed_all_the_same(monkeypatch, ca
                                current_device=lambda: 0).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(sample.Replay, 'works', True)
-    monkeypatch.setattr(sample.Replay, 'stream', None)
+    replay = sample.Replay(torch.device('cuda'))
     for _ in range(2):
-        replay = sample.Replay(step, torch.device('cuda'))
+        replay.start(step)
         replay(), replay(), replay()
     assert streams == ['mine'] and sample.Replay.works == works
     assert len(calls) == 2 * 3 + (2 if works else 1)  # and each try to record
