@@ -460,6 +460,22 @@ def test_a_decoding_step_can_be_replayed(model, bpe, monkeypatch, arguments, lab
         torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('arguments', [dict(temperature=1.3), dict(temperature=0), dict(temperature=1.0, top_k=7, top_p=0.9),
+                                       dict(temperature=1.0, stop=('e', '1'))], ids=str)
+def test_on_a_gpu_graphs_draw_what_steps_one_by_one_draw(model, bpe, monkeypatch, arguments, dtype):
+    model, prompts, budgets = copy.deepcopy(model).cuda(), PROMPTS * 2, [30, 5, 41, 60, 17, 33, 1, 24]
+    drawn = []
+    for works in (True, False):
+        monkeypatch.setattr(sample.Replay, 'works', works)
+        drawn.append(Sampler(model, bpe, 12, dtype).generate(prompts, 4, budgets, **arguments))
+        assert sample.Replay.works == works  # no recording failed
+    for a, b in zip(*drawn):
+        assert (a.ids, a.finished) == (b.ids, b.finished)
+        torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-5, rtol=1e-5)
+
+
 def test_rows_are_as_many_as_a_gpu_has_room_for(monkeypatch, capsys):
     GB, gpu = 2 ** 30, torch.device('cuda')
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (7 * GB, 80 * GB))
