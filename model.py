@@ -337,6 +337,7 @@ class KVCache:
         self.bags = on_cpu and config.n_head == KV
         self.keys_first = on_cpu and dtype == torch.float32
         self.values_turned = on_cpu and dtype != torch.float32 and not self.bags
+        self.slices = on_cpu        # new tokens go into a slice, which takes half the time there; a recorded step needs the slot in a tensor
         self.filling = slice(None)  # the prompts that trunk reads now; None: it reads a token of every sample
 
     def start(self, source):
@@ -349,7 +350,7 @@ class KVCache:
     def next_token(self):
         """Makes room for one more token of every sample. Returns whether attend now computes with other tensors or shapes than before;
         if not, the same kernels on the same memory read the next token, since its slot stands in a tensor."""
-        block, slot = divmod(self.used, self.block_size)
+        slot = self.used % self.block_size
         if slot == 0:  # zeros: what is not filled yet is multiplied by 0
             rows, (_, KV, D, _), like = len(self.source), self.prompt_k[0].shape, self.prompt_k[0]
             for k, v in zip(self.k, self.v):
@@ -358,6 +359,7 @@ class KVCache:
                 k.append(like.new_zeros(rows, KV, self.block_size, D))
                 v.append(like.new_zeros((rows, KV, D, self.block_size) if self.values_turned else (rows, KV, self.block_size, D)))
         self.slot.fill_(slot)
+        self.next_slot = slice(slot, slot + 1) if self.slices else self.slot
         self.used += 1
         self.n_read = round_up(slot + 1, self.read_multiple)  # slots of the last block
         return slot % self.read_multiple == 0
@@ -405,11 +407,10 @@ class KVCache:
         return (keys @ q.mT).mT if self.keys_first else q @ keys.mT
 
     def _bags(self, x, tables):
-        """x @ tables[:, :, :n]: x (rows, KV, 1, n), tables (rows, KV, N, W), dense."""
-        (rows, KV, N, W), n = tables.shape, x.shape[-1]
-        summed = self.numbers[:rows * KV * N].view(-1, N)[:, :n].reshape(-1)  # of the rows of all tables
-        return F.embedding_bag(summed, tables.view(-1, W), self.numbers[:rows * KV] * n, mode='sum',
-                               per_sample_weights=x.reshape(-1)).view(rows, KV, 1, W)
+        """x @ tables: x (rows, KV, 1, N), tables (rows, KV, N, W), dense."""
+        rows, KV, N, W = tables.shape
+        every, starts = self.numbers[:rows * KV * N], self.numbers[:rows * KV] * N  # of the tables' rows
+        return F.embedding_bag(every, tables.view(-1, W), starts, mode='sum', per_sample_weights=x.reshape(-1)).view(rows, KV, 1, W)
 
     def attend(self, layer, q, k, v):
         """Keeps the new keys and values, k and v (B, KV, T, D), and attends to all there are. q (B, H, T, D)."""
@@ -419,8 +420,8 @@ class KVCache:
             return attend(q, k, v)
         (rows, H, _, D), KV = q.shape, k.shape[1]
         own_k, own_v = self.k[layer], [values.mT if self.values_turned else values for values in self.v[layer]]
-        own_k[-1].index_copy_(2, self.slot, k)
-        own_v[-1].index_copy_(2, self.slot, v)
+        own_k[-1][:, :, self.next_slot] = k
+        own_v[-1][:, :, self.next_slot] = v
         sizes = [self.prompt_mask.shape[1]] + [self.block_size] * (len(own_k) - 1) + [self.n_read]
         if layer == 0:
             used = torch.zeros(rows, sum(sizes[1:-1]), device=q.device)
