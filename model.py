@@ -1162,7 +1162,8 @@ def activation_bytes(config, n_tokens, longest, dtype, grad_checkpointing, devic
 
 
 def memory_needed(models, dtype, micro_tokens, longest, max_rows=0, longest_prompt=0, max_new_tokens=0):
-    """A line of arithmetic: the bytes that a run takes on each process. models: those in memory while it trains, the first one the
+    """A line of arithmetic: the bytes that a run's tensors take on each process. (What a CPU's process takes is more, by Python and
+    torch, and by gaps in the heap: up to half as much again was seen.) models: those in memory while it trains, the first one the
     policy. longest: tokens of the longest row that is learned. max_rows: samples drawn from the policy beside all that; 0: none are."""
     policy, parts = models[0], []
 
