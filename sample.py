@@ -37,7 +37,7 @@ init_from = ''        # a checkpoint: a run's folder, a Hugging Face folder or a
 start = ''            # the question (or with --raw the text to continue); empty: read from the terminal, one a line
 raw = False           # feed `start` as it is, without "Question: ... Answer:" around it
 k = 1                 # samples of each prompt
-max_new_tokens = 256  # budget of every sample
+max_new_tokens = 256  # budget of every sample, or what the model's context leaves
 temperature = 0.7     # 0: greedy
 top_k = 0             # draw among the k likeliest tokens only; 0: all
 top_p = 1.0           # draw among the likeliest tokens that hold this share of the mass; 1: all
@@ -778,6 +778,7 @@ if __name__ == '__main__':
     for text in [start] if start else (line.strip() for line in sys.stdin):
         if text:
             prompt = text if raw else rewards.prompt(text)
-            for sample in sampler.generate([prompt], k, max_new_tokens, temperature, top_k, top_p, stop, seed):
+            room = sampler.model.config.block_size - len(sampler.tokenizer.encode_prompt(prompt)) - len(sampler.label)
+            for sample in sampler.generate([prompt], k, min(max_new_tokens, max(1, room)), temperature, top_k, top_p, stop, seed):
                 print((text if raw else '') + sampler.tokenizer.decode(sample.ids) + ('' if sample.finished else ' [budget ended]'))
                 print('-' * 20)

@@ -658,3 +658,8 @@ def test_command_line(bpe, tmp_path):
     assert out.count('-' * 20) == 2
     piped = subprocess.run(command[:3] + command[4:], cwd=ROOT, capture_output=True, text=True, check=True, input='Tom has\nAnn\n').stdout
     assert piped.count('-' * 20) == 4
+    within = [sys.executable, 'sample.py', f'--init_from={tmp_path}/m', '--start=Tom has', '--device=cpu']  # a context of 96 tokens
+    assert subprocess.run(within, cwd=ROOT, capture_output=True, text=True, check=True).stdout.count('-' * 20) == 1
+    for flag, said in (('--start=' + 'Tom has ' * 90, 'exceed the context of 96 tokens'), ('--max_new_tokens=0', 'must be at least 1')):
+        refused = subprocess.run(within + [flag], cwd=ROOT, capture_output=True, text=True)
+        assert refused.returncode == 2 and said in refused.stderr and refused.stderr.count('\n') == 1
