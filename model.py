@@ -193,24 +193,41 @@ class Linear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(x.to(self.packed.dtype), self.packed, bias, 'none', [], '')
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """A linear layer that stays as it is beside an adapter of low rank that learns (Hu et al. 2021, arXiv 2106.09685):
     W x + b + alpha / r * B A x. A (r, in) starts random and B (out, r) at zero, so that nothing is changed at first. One adapter for
-    a matrix, and where matrices are concatenated (qkv, gate and up) one for all of them."""
+    a matrix, and where matrices are concatenated (qkv, gate and up) one for all of them.
 
-    def __init__(self, linear, r, alpha):
+    An adapter stays beside its matrix wherever that is bf16: merged into it, what is below half of its last bit would be lost, which
+    is most of what some updates at 1e-5 add. The sum is fp32 for the same reason. An adapter that a checkpoint came with (fixed) does
+    not learn, and a second one can."""
+
+    def __init__(self, linear):
         with torch.device('meta'):
             super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
         self.weight, self.bias = linear.weight, linear.bias
-        self.scale, self.adapting = alpha / r, True
-        device = linear.weight.device
-        self.lora_a = nn.Parameter(torch.empty(r, linear.in_features, device=device))
-        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, r, device=device))
+        self.adapting = True
+
+    def add(self, r, alpha):
+        """The adapter that learns."""
+        device, self.scale = self.weight.device, alpha / r
+        self.lora_a = nn.Parameter(torch.empty(r, self.in_features, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, r, device=device))
+
+    def fix(self, r):
+        """Makes room for a checkpoint's adapter, whose B holds its scale."""
+        for name, shape in (('fixed_a', (r, self.in_features)), ('fixed_b', (self.out_features, r))):
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=self.weight.device), requires_grad=False))
+
+    def adapters(self):
+        """[(A, B, scale)] of those that count."""
+        fixed = [(self.fixed_a, self.fixed_b, 1.0)] if hasattr(self, 'fixed_a') else []
+        return fixed + ([(self.lora_a, self.lora_b, self.scale)] if hasattr(self, 'lora_a') and self.adapting else [])
 
     def forward(self, x):
         y = super().forward(x)
-        if self.adapting:
-            y = y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype)) * self.scale
+        for a, b, scale in self.adapters():
+            y = y.float() + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)).float() * scale
         return y
 
 
@@ -414,6 +431,7 @@ class KVCache:
 
     def attend(self, layer, q, k, v):
         """Keeps the new keys and values, k and v (B, KV, T, D), and attends to all there are. q (B, H, T, D)."""
+        q, k, v = (x.to(self.prompt_k[layer].dtype) for x in (q, k, v))  # adapters add in fp32
         if self.filling is not None:
             self.prompt_k[layer][self.filling, :, :, :k.shape[2]] = k.mT
             self.prompt_v[layer][self.filling, :, :k.shape[2]] = v
@@ -488,7 +506,7 @@ class Transformer(nn.Module):
             if T > self.config.block_size:
                 raise UserError(f'{T} tokens exceed the context of {self.config.block_size}')
             positions = torch.arange(T, device=ids.device)[None]
-        x, rope, packing = self.embed(ids), None, None
+        x, rope, packing = self.embed(ids).float(), None, None  # the residual stream is fp32, whatever the type of the weights
         if self.config.rope_theta:
             rope = self.cos[positions][:, None], self.sin[positions][:, None]  # (B or 1, 1, T, D)
         else:
@@ -505,8 +523,20 @@ class Transformer(nn.Module):
         return x if packing is None else packing.unpack(x)
 
     def logits(self, hidden):
-        """(..., C) -> (..., V), in fp32: a bf16 softmax over a large vocabulary is off by up to .02 nats."""
-        return self.head(hidden).float()
+        """(..., C) -> (..., V), in fp32. Under bf16 the factors are rounded and the result is not: between 16 and 32 bf16 numbers are
+        0.125 apart. TF32, where a GPU uses it for the fp32 product, holds the rounded factors exactly."""
+        device, weight = hidden.device.type, self.head.weight
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        if dtype == torch.float32:
+            return self.head(hidden.float())
+        x = hidden.to(dtype)
+        with torch.autocast(device, enabled=False):
+            if device == 'cuda' and not torch.is_grad_enabled():  # a product with an fp32 result has no derivative
+                flat = torch.mm(x.flatten(0, -2), weight.to(dtype).t(), out_dtype=torch.float32)
+                return flat.view(*x.shape[:-1], -1)
+            if self.head.packed is not None:
+                return self.head(x)
+            return F.linear(x.float(), weight.to(dtype).float())
 
     def forward(self, ids, positions=None, cache=None):
         return self.logits(self.trunk(ids, positions, cache))
@@ -535,8 +565,9 @@ class Transformer(nn.Module):
         return self
 
     def values(self, hidden):
-        """(..., C) -> (...), fp32: the scalar head, as a value function or a reward model's score."""
-        return self.value_head(hidden).squeeze(-1).float()
+        """(..., C) -> (...), the scalar head in fp32: a value function, or a reward model's score before the logistic function."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value_head(hidden.float()).squeeze(-1)
 
     # ---- LoRA
 
@@ -545,17 +576,36 @@ class Transformer(nn.Module):
         if r < 1:
             raise UserError('lora_rank must be at least 1, or 0 for none')
         self.requires_grad_(False)
-        for i, block in enumerate(self.blocks):
-            for part in (block.attention, block.mlp):
-                for name, linear in list(part.named_children()):
-                    if isinstance(linear, nn.Linear):
-                        setattr(part, name, LoRALinear(linear, r, alpha))
+        for name in self.adapted_names():
+            self.adapted(name).add(r, alpha)
         for name, p in self.named_parameters():
             if name.endswith('lora_a') and not p.is_meta:
                 p.data.copy_(initial_lora_a(name, p.shape))
         if self.value_head is not None:
             self.value_head.requires_grad_(True)
         return self
+
+    def adapted_names(self):
+        """The matrices that an adapter can stand beside."""
+        return [name for name, m in self.named_modules() if isinstance(m, nn.Linear) and name.startswith('blocks')]
+
+    def adapted(self, name):
+        """The matrix of that name as a LoRALinear, which it becomes unless it is one."""
+        linear = self.get_submodule(name)
+        if not isinstance(linear, LoRALinear):
+            path, _, part = name.rpartition('.')
+            setattr(self.get_submodule(path), part, LoRALinear(linear))
+        return self.get_submodule(name)
+
+    def adapters(self):
+        """{name of a matrix: (A, B)} in fp32 of all that its adapters add, B A; several adapters are one of their ranks' sum. Every
+        process has to ask."""
+        found = {}
+        for name, m in self.named_modules():
+            if isinstance(m, LoRALinear) and m.adapters():
+                pairs = [(full(a).float(), full(b).float() * scale) for a, b, scale in m.adapters()]
+                found[name] = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1)
+        return found
 
     @contextmanager
     def without_adapter(self):
@@ -581,7 +631,10 @@ class Transformer(nn.Module):
         layers = [m for m in self.modules() if isinstance(m, Linear)] if on_cpu and can_pack(dtype) else []
         try:
             for m in layers:
-                m.packed = torch.ops.mkldnn._reorder_linear_weight(m.weight.detach().to(dtype), 256)  # rows to be expected
+                weight = m.weight.detach().to(dtype)
+                if m is self.head:  # see logits
+                    weight = weight.float()
+                m.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 256)  # rows to be expected
             yield self
         finally:
             for m in layers:
@@ -601,6 +654,8 @@ class Transformer(nn.Module):
             policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
                                           cast_forward_inputs=False)
             mesh = init_device_mesh(torch.device(device).type, (world_size(),))
+            if self.value_head is not None:
+                fully_shard(self.value_head, mesh=mesh)  # in fp32, whatever the rest is computed in
             for module in (*self.blocks, self):
                 # True for the root, too: else its weights stay gathered after a pass without a backward, and a state would miss them
                 fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -611,36 +666,31 @@ class Transformer(nn.Module):
         """f(self, *args): passes through a model that learns go through here, so that FSDP gathers the weights for them."""
         return f(self, *args, **kwargs)
 
-    def weight(self, name, dtype):
-        """A parameter in full and with its adapter, whatever process holds which part of it; every process has to ask."""
-        def full(p):
-            return p.detach().full_tensor() if is_sharded(p) else p.detach()
-
-        path, _, part = name.rpartition('.')
-        module, w = self.get_submodule(path), full(self.get_parameter(name))
-        if part == 'weight' and isinstance(module, LoRALinear):
-            w = w.float() + module.scale * full(module.lora_b).float() @ full(module.lora_a).float()
-        return w.to(dtype)
-
     @torch.no_grad()
     def for_sampling(self, dtype):
-        """This model as one that each process can draw from on its own, adapters merged, in dtype: itself if it is that, else a copy
-        that is gathered once. Nothing is exchanged while samples are drawn, since processes end at different steps."""
-        names = {name: p for name, p in self.named_parameters() if not name.startswith('value_head') and 'lora_' not in name}
-        adapted = {f'{name}.weight' for name, m in self.named_modules() if isinstance(m, LoRALinear)}
-        if self.shard != 'fsdp' and dtype == self.embed.weight.dtype and not adapted:
-            same_everywhere(bit_sum(names.values()))
+        """This model as one that each process can draw from on its own, in dtype, with its adapters beside the weights: itself if it is that,
+        else a copy that is gathered once. Nothing is exchanged while samples are drawn, since processes end at different steps."""
+        weights = {name: p for name, p in self.named_parameters() if not name.startswith('value_head')}
+        if self.shard != 'fsdp' and dtype == self.embed.weight.dtype:
+            same_everywhere(bit_sum(weights.values()))
             return self
+        adapters = self.adapters()
         with torch.device('meta'):
-            copy = Transformer(self.config)
-        copy = copy.to(dtype).to_empty(device=self.embed.weight.device).finish_loading().requires_grad_(False)
+            copy = Transformer(self.config).to(dtype)
+            for name, (a, _) in adapters.items():
+                copy.adapted(name).fix(len(a))
+        copy = copy.to_empty(device=self.embed.weight.device).finish_loading().requires_grad_(False)
         for name, p in copy.named_parameters():
-            p.copy_(self.weight(name, dtype))
+            if name in weights and 'fixed_' not in name:
+                p.copy_(full(weights[name]))
+        for name, (a, b) in adapters.items():
+            copy.get_submodule(name).fixed_a.copy_(a)
+            copy.get_submodule(name).fixed_b.copy_(b)
         same_everywhere(bit_sum(copy.parameters()))
         if self.shard == 'fsdp':  # what was gathered is what learns
-            held = [p.to_local().to(dtype) for name, p in names.items() if name not in adapted]
-            gathered = bit_sum(p for name, p in copy.named_parameters() if name not in adapted)
-            if sum_over_processes(torch.tensor(bit_sum(held))).item() != gathered:
+            plain = [name for name, _ in copy.named_parameters() if 'fixed_' not in name]
+            held = bit_sum(weights[name].to_local().to(dtype) for name in plain)
+            if sum_over_processes(torch.tensor(held)).item() != bit_sum(copy.get_parameter(name) for name in plain):
                 raise RuntimeError('the copy of the weights for sampling is not what the processes hold')
         return copy
 
@@ -667,16 +717,22 @@ class Transformer(nn.Module):
         folder = find_checkpoint(path)
         config = config_from_hf(read_json(os.path.join(folder, 'config.json')), folder)
         value_file = os.path.join(folder, 'value_head.safetensors')
+        # Weights in fp32 take an adapter in; beside those in bf16 it stays.
+        adapter_file = os.path.join(folder, 'adapter.safetensors')
+        adapters = load_file(adapter_file) if dtype == torch.bfloat16 and os.path.exists(adapter_file) else {}
         with torch.device('meta'):  # no memory and no time for an initialisation that the checkpoint overwrites
             model = cls(config).to(dtype)
             if value_head or os.path.exists(value_file):
                 model.add_value_head()
+            for name in adapters:
+                if name.endswith('.fixed_a'):
+                    model.adapted(name.removesuffix('.fixed_a')).fix(len(adapters[name]))
             if lora_rank:
                 model.add_lora(lora_rank, lora_alpha)
         model.distribute(sharding(shard, model, torch.device(device)), product_dtype, device)
         model.to_empty(device=device).finish_loading()
 
-        tensors, given = read_weights(folder), set()
+        tensors = read_weights(folder)
         for name, (sources, transpose) in hf_names(config).items():
             missing = [s for s in sources if s not in tensors]
             if missing:
@@ -686,8 +742,10 @@ class Transformer(nn.Module):
             wanted = model.get_parameter(name).shape
             if weight.shape != wanted:
                 raise UserError(f'{folder}: {name} has shape {tuple(weight.shape)}, the config asks for {tuple(wanted)}')
+            matrix = name.removesuffix('.weight')
+            if f'{matrix}.fixed_a' in adapters:  # what the file holds is merged
+                weight = weight.float() - adapters[f'{matrix}.fixed_b'] @ adapters[f'{matrix}.fixed_a']
             fill(model.get_parameter(name), weight)
-            given.add(name)
         # what may be left over: buffers that old files carry, and the copy of a tied output projection
         ignorable = ('.attn.bias', '.attn.masked_bias', 'rotary_emb.inv_freq') + (('lm_head.weight',) if config.tied else ())
         left = [name for name in tensors if not name.endswith(ignorable)]
@@ -697,6 +755,8 @@ class Transformer(nn.Module):
         for name, p in model.named_parameters():
             if name.startswith('value_head'):
                 fill(p, saved_head.get(name.removeprefix('value_head.'), torch.zeros(p.shape)))
+            elif name in adapters:
+                fill(p, adapters[name])
             elif name.endswith('lora_a'):
                 fill(p, initial_lora_a(name, p.shape))
             elif name.endswith('lora_b'):
@@ -713,20 +773,22 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def save_pretrained(self, path, tokenizer=None):
-        """Writes a folder that AutoModelForCausalLM (and with a tokenizer AutoTokenizer) loads, whole or not at all; adapters are merged.
-        Process 0 writes; the others have to call it too."""
-        own, tensors = dict(self.named_parameters()), {}
-        # What adapters add to a bf16 weight may be less than half of its last bit: merged weights are exported in fp32.
-        dtype = torch.float32 if any('lora_' in name for name in own) else self.embed.weight.dtype
+        """Writes a folder that AutoModelForCausalLM (and with a tokenizer AutoTokenizer) loads, whole or not at all. Adapters are merged
+        in fp32 for others, and stand in adapter.safetensors for from_pretrained. Process 0 writes; the others have to call it too."""
+        own, tensors, adapters = dict(self.named_parameters()), {}, self.adapters()
+        dtype = torch.float32 if adapters else self.embed.weight.dtype
         for name, (targets, transpose) in hf_names(self.config).items():
-            weight = self.weight(name, dtype)
+            weight = full(own[name])
             if rank() == 0:
-                weight = weight.cpu()
+                weight = weight.cpu().to(dtype)
+                if name.removesuffix('.weight') in adapters:
+                    a, b = adapters[name.removesuffix('.weight')]
+                    weight = weight + b.cpu() @ a.cpu()
                 sizes = [len(weight)] if len(targets) == 1 else part_sizes(self.config, name)
                 for target, part in zip(targets, weight.split(sizes)):
                     part = part.clone() if len(sizes) > 1 else part  # parts of one storage cannot be saved
                     tensors[hf_prefix(self.config, target)] = part.t().contiguous() if transpose else part
-        head = {name.removeprefix('value_head.'): self.weight(name, torch.float32).cpu() for name in own if name.startswith('value_head')}
+        head = {name.removeprefix('value_head.'): full(p).float().cpu() for name, p in own.items() if name.startswith('value_head')}
         if rank() > 0:
             return
         tmp = path.rstrip('/') + '.tmp'
@@ -736,6 +798,9 @@ class Transformer(nn.Module):
             save_file(tensors, os.path.join(tmp, 'model.safetensors'), metadata={'format': 'pt'})
             if head:  # in a file of its own: AutoModelForCausalLM knows no such weight
                 save_file(head, os.path.join(tmp, 'value_head.safetensors'))
+            if adapters:
+                parts = {f'{name}.{part}': x.cpu() for name, pair in adapters.items() for part, x in zip(('fixed_a', 'fixed_b'), pair)}
+                save_file(parts, os.path.join(tmp, 'adapter.safetensors'))
             if tokenizer is not None:
                 tokenizer.save(tmp)
             hf = config_to_hf(self.config, str(dtype).removeprefix('torch.'))
@@ -758,6 +823,11 @@ def initial_lora_a(name, shape):
 def is_sharded(tensor):
     """Whether it is a DTensor, of which this process holds a part. (The class itself takes a third of a second to import.)"""
     return hasattr(tensor, 'full_tensor')
+
+
+def full(parameter):
+    """A parameter's whole value, whatever process holds which part of it; every process has to ask."""
+    return parameter.detach().full_tensor() if is_sharded(parameter) else parameter.detach()
 
 
 def fill(parameter, weight):
@@ -1180,11 +1250,12 @@ def memory_needed(models, dtype, micro_tokens, longest, max_rows=0, longest_prom
         take('gathered blocks', (policy.n_params() - len(policy.blocks) * block + 3 * block) * dtype.itemsize)
     always = sum(n for _, n in parts)
     c, device = policy.config, policy.embed.weight.device
-    learning = activation_bytes(c, micro_tokens, longest, dtype, policy.grad_checkpointing, device)
-    copied = policy.shard == 'fsdp' or dtype != policy.embed.weight.dtype or any(isinstance(m, LoRALinear) for m in policy.modules())
-    copy = sum(p.numel() for name, p in policy.named_parameters() if 'lora_' not in name) * dtype.itemsize if copied and max_rows else 0
+    kept_dtype = torch.float32 if any(isinstance(m, LoRALinear) for m in policy.modules()) else dtype  # as adapters add
+    learning = activation_bytes(c, micro_tokens, longest, kept_dtype, policy.grad_checkpointing, device)
+    copied = policy.shard == 'fsdp' or dtype != policy.embed.weight.dtype
+    copy = policy.n_params() * dtype.itemsize if copied and max_rows else 0
     cache = cache_bytes(c, max_rows, longest_prompt, max_rows, max_new_tokens, dtype, device)
-    linear = sum(m.weight.numel() for m in policy.modules() if isinstance(m, (Linear, LoRALinear)))
+    linear = sum(m.weight.numel() for m in policy.modules() if isinstance(m, Linear))
     packed = linear * dtype.itemsize if max_rows and device.type == 'cpu' and can_pack(dtype) else 0
     text = ', '.join(f'{what} {size_text(n)}' for what, n in parts)
     text += f'; beside these a micro-batch of {micro_tokens:,} tokens {size_text(learning)}' if micro_tokens else ''
@@ -1361,7 +1432,8 @@ if __name__ == '__main__':
     override(globals())
     if bench:
         device, _ = setup(device)
-        print(f'{device}, {torch.get_num_threads()} threads; {memory_bandwidth(device) / 1e9:.0f} GB/s copied')
+        kind = f' ({torch.backends.cpu.get_cpu_capability()})' if device.type == 'cpu' else ''
+        print(f'{device}{kind}, {torch.get_num_threads()} threads; {memory_bandwidth(device) / 1e9:.0f} GB/s copied')
         for dtype in (torch.float32, torch.bfloat16):
             print(f'{dtype}: {peak_flops(device, dtype, seconds=1.0) / 1e9:,.0f} GFLOP/s')
         raise SystemExit
