@@ -139,7 +139,8 @@ if __name__ == '__main__':
     if few_shot:
         if too_long:
             print(f'{too_long:,} of the questions are too long to be sampled with {few_shot} examples; they wait for the second round')
-        log(0, prompted_maj1=evaluation.greedy_accuracy(Sampler(policy, tok, max_rows, dtype), val_problems, max_new_tokens, demonstrations))
+        maj1, error = evaluation.greedy_accuracy(Sampler(policy, tok, max_rows, dtype), val_problems, max_new_tokens, demonstrations)
+        log(0, prompted_maj1=maj1, prompted_maj1_error=error)
     prompt_ids = [tok.encode_prompt(rewards.prompt(p.question)) for p in questions]
 
     # D_0. The ids of a sampled solution go into the data set as they were drawn, never decoded and encoded again (but for those
@@ -213,8 +214,8 @@ if __name__ == '__main__':
         wait_for_main()
         policy = Transformer.from_pretrained(round_dir, device, dtype)
         # 6. how good is it? The best round by the validation slice is the result.
-        maj1 = evaluation.greedy_accuracy(Sampler(policy, tok, max_rows, dtype), val_problems, max_new_tokens)
-        log(updates, round=round, val_maj1=maj1)
+        maj1, error = evaluation.greedy_accuracy(Sampler(policy, tok, max_rows, dtype), val_problems, max_new_tokens)
+        log(updates, round=round, val_maj1=maj1, val_maj1_error=error)
         if maj1 >= best:
             best = maj1
             policy.save_pretrained(os.path.join(out_dir, 'best'), tok)

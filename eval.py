@@ -171,12 +171,17 @@ def with_scores(records, scores):
 
 
 def greedy_accuracy(sampler, problems, max_new_tokens, examples=()):
-    """maj@1: the share of problems whose greedy solution is right."""
+    """maj@1: the share of problems whose greedy solution is right, and its standard error."""
     stop = (rewards.NEXT_QUESTION,) if examples else ()
     prompts = [sampler.tokenizer.encode_prompt(rewards.prompt(p.question, examples)) for p in problems]
     refuse_too_long(sampler, prompts, max_new_tokens)
     samples = answer(sampler, prompts, 1, max_new_tokens, 0, stop=stop, desc='maj@1')
-    return sum(judge(s, p, sampler.tokenizer, stop)['correct'] for s, p in zip(samples, problems)) / len(problems)
+    return mean_and_error([judge(s, p, sampler.tokenizer, stop)['correct'] for s, p in zip(samples, problems)])
+
+
+def mean_and_error(x):
+    """(mean, its standard error); (mean, None) of a single number."""
+    return float(np.mean(x)), float(np.std(x, ddof=1) / len(x) ** 0.5) if len(x) > 1 else None
 
 
 def summarize(records):
@@ -200,8 +205,7 @@ def summarize(records):
     every = [r['samples'] or [r['greedy']] for r in records]
     values['tokens'] = [np.mean([s['tokens'] for s in samples]) for samples in every]
     values['truncated'] = [np.mean([not s['finished'] for s in samples]) for samples in every]
-    n = len(records)
-    return {name: (float(np.mean(v)), float(np.std(v, ddof=1) / n ** 0.5) if n > 1 else None) for name, v in values.items()}
+    return {name: mean_and_error(v) for name, v in values.items()}
 
 
 def read_records(path):

@@ -89,6 +89,7 @@ value_clip = 0.2          # of the value's change; 0: none
 value_coef = 0.1          # weight of the value loss
 entropy_coef = 0.0        # bonus on the policy's entropy
 target_kl = 0.0           # above 0: an iteration's epochs stop where the policy is this far (nats a token) from the old one
+importance_cap = 0.0      # above 0, e.g. 2: tokens weigh min(p_old / p_sampled, cap), for a sampler less precise than the trainer; 0: off
 lr = 1e-6
 min_lr = 1e-7
 critic_lr = 1e-5          # of the value head, and of all of a separate critic
@@ -119,10 +120,14 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask, shift_mean=True):
-    """x (..., T) with mean 0 (unless shift_mean is False: then its own) and variance 1 over all real tokens; 0 elsewhere."""
+    """x (..., T) with mean 0 (unless shift_mean is False: then its own) and variance 1 over all real tokens; 0 elsewhere, and 0 where
+    x does not vary."""
     mask = mask.bool()
+    x = x.masked_fill(~mask, 0)
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
+    if variance.sqrt() <= 1e-6 * x.abs().max():  # rounding, of which Adam would make a whole step
+        return torch.zeros_like(x)
     return ((x - mean if shift_mean else x) * (variance + 1e-8).rsqrt()).masked_fill(~mask, 0)
 
 
@@ -147,10 +152,19 @@ def gae(rewards, values, mask, gamma, lam):
 
 def group_advantages(rewards, mask, n):
     """Leave-one-out baseline (RLOO, Ahmadian et al. 2024, arXiv 2402.14740): a row's return minus the mean return of the n - 1
-    other samples of its question, which stand beside it; the same for all of the row's tokens. (B, T) -> (B, T)."""
-    total = rewards.masked_fill(~mask, 0).sum(-1).view(-1, n)
+    other samples of its question, which stand beside it; the same for all of the row's tokens. Exactly 0 where all n returns are
+    equal but for rounding: what is left would be noise, which whitening and Adam make a whole step of. (B, T) -> (B, T)."""
+    total = rewards.masked_fill(~mask, 0).double().sum(-1).view(-1, n)
     others = (total.sum(-1, keepdim=True) - total) / (n - 1)
-    return (total - others).view(-1, 1).expand(mask.shape).masked_fill(~mask, 0)
+    spread, size = total.amax(-1) - total.amin(-1), total.abs().amax(-1)
+    advantage = (total - others).masked_fill((spread <= 1e-6 * size)[:, None], 0).to(rewards.dtype)
+    return advantage.view(-1, 1).expand(mask.shape).masked_fill(~mask, 0)
+
+
+def importance_weights(logprobs, sampled, cap):
+    """min(p / p_sampled, cap) for tokens that were drawn with log-probs `sampled` and have logprobs in the trainer: what tokens weigh where
+    the two differ, truncated so that its variance stays bounded (Espeholt et al. 2018, arXiv 1802.01561, section 4.1)."""
+    return (logprobs - sampled).exp().clamp(max=cap)
 
 
 def ppo_loss(logprobs, old_logprobs, advantages, mask=None, clip=0.2, n_tokens=None):
@@ -332,12 +346,16 @@ if __name__ == '__main__':
         optimizer.add_param_group(group)
     peak_lr = [group['lr'] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group['params']]
-    state = {'iteration': 0, 'position': 0, 'updates': 0, 'best': None, 'kl_coef': kl_coef, 'eta': eta,
+    state = {'iteration': 0, 'position': 0, 'updates': 0, 'best': None, 'kl_coef': kl_coef, 'eta': None if eta_quantile else eta,
+             'given': {'kl_coef': [kl_coef], 'eta': [eta, eta_quantile]},
              'priority': [0.0] * len(problems), 'last_seen': [-1] * len(problems)}
     models = {'policy': policy, 'critic': value_model if separate else None, 'reference': reference, 'scorer': scorer}
     models, checkpoints = {name: model for name, model in models.items() if model is not None}, Checkpoints(out_dir)
     if resume:
-        state |= checkpoints.load(models, optimizer) or {}
+        saved = checkpoints.load(models, optimizer) or state
+        # of what adapts as the run goes on, a setting that has been changed since counts and not the state
+        changed = [key for key, given in state['given'].items() if saved['given'][key] != given]
+        state |= {key: value for key, value in saved.items() if key not in changed + ['given']}
         if len(state['priority']) != len(problems):
             raise UserError(f'{out_dir} practised on {len(state["priority"])} questions, not {len(problems)}: n_questions must stay')
     start_run(settings, resume, overwrite)
@@ -369,20 +387,20 @@ if __name__ == '__main__':
 
     def validate():
         """maj@1; keeps the best policy so far. Ties go to the later policy."""
-        maj1 = evaluation.greedy_accuracy(sampler(), val_problems, max_new_tokens, demonstrations)
-        log(state['updates'], iteration=state['iteration'], samples_drawn=state['iteration'] * n_rollouts, val_maj1=maj1)
+        maj1, error = evaluation.greedy_accuracy(sampler(), val_problems, max_new_tokens, demonstrations)
+        log(state['updates'], iteration=state['iteration'], samples_drawn=state['iteration'] * n_rollouts, val_maj1=maj1, val_maj1_error=error)
         if state['best'] is None or maj1 >= state['best']:
             state['best'] = maj1
             policy.save_pretrained(os.path.join(out_dir, 'best'), tok)
 
+    if state['eta'] is None:  # the scores of steps that the policy takes now, on questions that it will not learn from
+        found = answer(sampler(), [rewards.prompt(p.question) for p in val_problems], n_per_question, max_new_tokens, temperature,
+                       seed=seed)
+        scores = rewards.score(scorer, [Example(s.prompt_ids + s.ids, len(s.prompt_ids)) for s in found], micro_tokens, dtype)
+        at_ends = torch.cat([x[[end for end, _ in rewards.step_lines(s.ids, tok)]] for s, x in zip(found, scores)])
+        state['eta'] = at_ends.quantile(eta_quantile).item()
+        print(f'eta = {state["eta"]:.4f}, the {eta_quantile} quantile of the scores of {len(at_ends):,} steps')
     if not state['iteration']:
-        if eta_quantile:  # the scores of steps that the policy takes now, on questions that it will not learn from
-            found = answer(sampler(), [rewards.prompt(p.question) for p in val_problems], n_per_question, max_new_tokens, temperature,
-                           seed=seed)
-            scores = rewards.score(scorer, [Example(s.prompt_ids + s.ids, len(s.prompt_ids)) for s in found], micro_tokens, dtype)
-            at_ends = torch.cat([x[[end for end, _ in rewards.step_lines(s.ids, tok)]] for s, x in zip(found, scores)])
-            state['eta'] = at_ends.quantile(eta_quantile).item()
-            print(f'eta = {state["eta"]:.4f}, the {eta_quantile} quantile of the scores of {len(at_ends):,} steps')
         validate()
 
     for iteration in range(state['iteration'] + 1, n_iterations + 1):
@@ -431,8 +449,11 @@ if __name__ == '__main__':
         sampled = torch.zeros_like(old_logprobs)
         sampled[mask] = torch.tensor([x for s in samples for x in s.logprobs], device=device)
         sampler_gap = masked_mean((sampled - old_logprobs).abs(), mask)
+        tolerance = 1e-3 if exact else 0.05
+        if sampler_gap > tolerance:
+            print(f'warning: the log-probs of sampler and trainer differ by {sampler_gap:.2g} nats a token (healthy: below {tolerance}); '
+                  f'importance_cap = 2 allows for it')
         if iteration == 1:  # sampler and trainer are one policy, and nothing has moved yet; else the ratios below mean nothing
-            tolerance = 1e-3 if exact else 0.05
             assert sampler_gap < tolerance, 'the log-probs of sampler and trainer differ'
             assert ref or masked_mean((old_logprobs - ref_logprobs).abs(), mask) < tolerance, 'the reference is not the initial policy'
 
@@ -452,13 +473,17 @@ if __name__ == '__main__':
         for q, a in zip(picked, size):
             state['priority'][q], state['last_seen'][q] = a, iteration
         # The group's are 0 on average for each question. Shifted, they would say that a sample like its mates were better or worse.
+        advantage_std = masked_mean((advantages - masked_mean(advantages, mask)) ** 2, mask).sqrt()
         advantages = whiten(advantages, mask, shift_mean=advantage == 'gae')
-        learns = advantages.any(-1).tolist() if value_model is None and not entropy_coef else [True] * n_rollouts
+        if importance_cap:
+            advantages = advantages * importance_weights(old_logprobs, sampled, importance_cap)
+        # Without an advantage a row has no policy loss; the losses of value and entropy need it all the same.
+        learns = [True] * n_rollouts if value_model is not None or entropy_coef else advantages.any(-1).tolist()
 
         # 7. update: a few epochs of minibatches, each divided by its own tokens before memory splits it
         updating = time.time()
         warming = iteration <= value_warmup and value_model is not None
-        totals, n_done, n_trained, stopped = np.zeros(5), 0, 0, False
+        totals, largest_ratio, n_done, n_trained, stopped = np.zeros(6), 1.0, 0, 0, False
         for epoch in range(epochs):
             order = rng.sample(range(n_rollouts), n_rollouts)
             for first in bar(range(0, n_rollouts, minibatch), desc=f'iteration {iteration}: epoch {epoch + 1}'):
@@ -469,7 +494,7 @@ if __name__ == '__main__':
                     continue
                 n_learned = int(lengths[rows].sum())
                 n_trained += n_learned
-                sums = np.zeros(6)  # policy loss, value loss, approx_kl, clip share, mean ratio, largest |ratio - 1|
+                sums = np.zeros(7)  # policy loss, value loss, approx_kl, clip share, mean ratio; largest |ratio - 1|, largest ratio
                 for micro, weight in my_micro_batches(rows, micro_tokens, lambda i: len(examples[i].ids)):
                     real = mask[micro]
                     old, adv = old_logprobs[micro][real], advantages[micro][real]              # (N,)
@@ -491,8 +516,8 @@ if __name__ == '__main__':
                         sums[2] += weight * k3(old, logprobs).sum().item() / n_learned
                         sums[3] += weight * ((ratio - 1).abs() > clip).sum().item() / n_learned
                         sums[4] += weight * ratio.sum().item() / n_learned
-                        sums[5] = max(sums[5], (ratio - 1).abs().max().item())
-                largest = max(from_all(sums[5]))
+                        sums[5:] = np.maximum(sums[5:], [(ratio - 1).abs().max().item(), ratio.max().item()])
+                largest = np.max(from_all(sums[5:].tolist()), axis=0)
                 sums = np.append(sum_over_processes(torch.from_numpy(sums[:5])).numpy(), largest)
                 if warming:  # the value function learns alone
                     for p in policy_parameters:
@@ -512,16 +537,17 @@ if __name__ == '__main__':
                                                 peak, min_lr * peak / lr, warmup)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                totals, n_done = totals + np.append(sums[:4], norm), n_done + 1
+                totals, largest_ratio, n_done = totals + np.append(sums[:5], norm), max(largest_ratio, sums[6]), n_done + 1
             if stopped:
                 break
         state['iteration'], state['updates'] = iteration, state['updates'] + n_done
 
         # 8. what happened
         n_tokens = int(lengths.sum())
-        means = dict(zip(('policy_loss', 'value_loss', 'approx_kl', 'clip_share', 'grad_norm'), totals / max(1, n_done)))
-        if value_model is not None:
-            means['explained_variance'] = explained_variance(old_values, returns, mask)
+        means = dict(zip(('policy_loss', 'value_loss', 'approx_kl', 'clip_share', 'mean_ratio', 'grad_norm'), totals / max(1, n_done)))
+        if value_model is not None:  # the mean value is that of the first token, where all of the return is still to come
+            means |= {'explained_variance': explained_variance(old_values, returns, mask), 'mean_value': old_values[:, 0].mean()}
+        right = torch.tensor([r.correct for r in responses]).view(n_picked, n_per_question)
         texts = [tok.decode(r.ids) for r in responses]
         unique = [{rewards.equations(t) for t in texts[i:i + n_per_question]} for i in range(0, n_rollouts, n_per_question)]
         truncated = sum(not r.finished for r in responses) / n_rollouts
@@ -529,13 +555,17 @@ if __name__ == '__main__':
             # the reward by kind, a solution
             share_correct=sum(r.correct for r in responses) / n_rollouts, share_truncated=truncated,
             reward_outcome=outcome.sum(-1).mean(), reward_shaped=shaped.sum(-1).mean(), reward_kl=-used_kl_coef * k1.sum(-1).mean(),
-            # how far from the reference, a token
+            mean_return=token_rewards.sum(-1).mean(), advantage_std=advantage_std,
+            # questions without contrast, from which a group learns nothing
+            all_right=right.all(-1).float().mean(), all_wrong=(~right).all(-1).float().mean(),
+            # how far from the reference, a token, and a solution (the unit of kl_target)
             kl_coef=used_kl_coef, kl=masked_mean(k1, mask), kl_k3=masked_mean(k3(old_logprobs, ref_logprobs), mask),
+            kl_solution=k1.sum(-1).mean(),
             entropy=masked_mean(entropy, mask),
             # mean |log p of the sampler - log p of the trainer|: rounding alone
             sampler_gap=sampler_gap,
             # the update
-            **means, updates=n_done, learning_rows=sum(learns) / n_rollouts, lr=optimizer.param_groups[0]['lr'],
+            **means, largest_ratio=largest_ratio, updates=n_done, learning_rows=sum(learns) / n_rollouts, lr=optimizer.param_groups[0]['lr'],
             # the solutions
             response_tokens=n_tokens / n_rollouts, response_steps=sum(len(r.lines) for r in responses) / n_rollouts,
             unique_equations=sum(map(len, unique)) / n_picked, backtracked=sum(p != '' for p in prefixes) / n_picked,

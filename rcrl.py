@@ -267,8 +267,8 @@ if __name__ == '__main__':
 
     def validate(step):
         """maj@1 after [GOOD]; keeps the best policy. Ties go to the later step."""
-        good = maj1(model.for_sampling(dtype), 'good')
-        log(step, val_maj1=good)
+        good, error = maj1(model.for_sampling(dtype), 'good')
+        log(step, val_maj1=good, val_maj1_error=error)
         if good >= state['best']:
             state['best'] = good
             model.save_pretrained(os.path.join(out_dir, 'best'), tok)
@@ -283,7 +283,7 @@ if __name__ == '__main__':
     del model
     wait_for_main()
     best = Transformer.from_pretrained(os.path.join(out_dir, 'best'), device, dtype)
-    after = {condition: maj1(best, condition) for condition in ('good', 'bad', 'none')}
+    after = {condition: maj1(best, condition)[0] for condition in ('good', 'bad', 'none')}
     log(state['step'], **{f'val_maj1_{condition}': accuracy for condition, accuracy in after.items()})
     if rank() == 0:
         shutil.rmtree(os.path.join(out_dir, 'start'), ignore_errors=True)

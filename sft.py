@@ -272,8 +272,8 @@ if __name__ == '__main__':
         """Validation loss and maj@1; keeps best/."""
         val_loss = mean_loss(model, val_examples, micro_tokens, device, dtype)
         sampler = Sampler(model.for_sampling(dtype), tok, max_rows, dtype)
-        maj1 = evaluation.greedy_accuracy(sampler, val_problems, max_new_tokens)
-        log(step, val_loss=val_loss, val_maj1=maj1)
+        maj1, error = evaluation.greedy_accuracy(sampler, val_problems, max_new_tokens)
+        log(step, val_loss=val_loss, val_maj1=maj1, val_maj1_error=error)
         # A language model of plain texts is judged by its loss on the last of them. Ties go to the later step.
         score = -val_loss if text_file else maj1
         if state['best'] is None or score >= state['best']:

@@ -121,3 +121,32 @@ def test_logits_and_values_are_fp32_under_bf16(bpe):
     assert (values - (hidden.double() @ head.weight.double().t() + head.bias.double())[:, 0]).abs().max() < 1e-4
     logprobs.sum().backward()  # and there is a gradient
     assert model.head.weight.grad.abs().sum() > 0
+
+
+# ---- ppo
+
+def test_samples_that_tie_have_no_advantage_and_move_nothing():
+    mask = torch.ones(8, 5, dtype=torch.bool)
+    rewards = torch.zeros(8, 5)
+    rewards[torch.arange(8), torch.arange(8) % 5] = 0.35  # no binary fraction, at different places
+    assert not ppo.group_advantages(rewards, mask, 8).any()
+    for step in range(3):  # the same steps in another order
+        rewards[:, step] = 1 / 3
+    parts = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.7])
+    shuffled = torch.stack([parts[torch.randperm(5, generator=torch.Generator().manual_seed(i))] for i in range(8)])
+    assert not ppo.group_advantages(shuffled, mask, 8).any()
+    noise = 1e-8 * torch.randn(8, 5, generator=torch.Generator().manual_seed(0))  # of a KL that is 0 but for rounding
+    assert not ppo.group_advantages(shuffled + noise, mask, 8).any()
+    shuffled[3, 2] += 1e-3  # and what does not tie has one
+    assert ppo.group_advantages(shuffled, mask, 8).all()
+    for shift_mean in (True, False):
+        assert not ppo.whiten(torch.full((8, 5), 0.35) + noise, mask, shift_mean).any()
+    assert ppo.whiten(shuffled, mask).any()
+
+
+def test_importance_weights():
+    new, sampled = torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-1.0, -3.0, -1.0])
+    assert ppo.importance_weights(new, sampled, 2.0).tolist() == pytest.approx([1, 2, math.exp(-2)])
+    # with them the mean over what q drew is the mean under p, as long as nothing reaches the cap
+    p, q, f = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2]), torch.tensor([1.0, 5.0, -2.0])
+    assert (q * ppo.importance_weights(p.log(), q.log(), 2.0) * f).sum().item() == pytest.approx((p * f).sum().item())
