@@ -22,8 +22,9 @@ import shutil
 import sys
 import time
 import warnings
+import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -477,6 +478,9 @@ class Transformer(nn.Module):
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
+        unnamed = {name for name, _ in self.named_parameters()} ^ set(hf_names(config))
+        if unnamed:  # before any training: it could not be saved
+            raise UserError(f'a {config.family} checkpoint cannot hold this model, for its {min(unnamed)}')
         self.value_head = None
         self.shard = 'none'              # how training is spread over processes: 'none', 'ddp' or 'fsdp'; see distribute
         self.grad_checkpointing = False  # keep a block's input alone for backward, and compute the rest again there
@@ -716,6 +720,10 @@ class Transformer(nn.Module):
         last with products in product_dtype. UserError where the checkpoint is missing, broken or not covered."""
         folder = find_checkpoint(path)
         config = config_from_hf(read_json(os.path.join(folder, 'config.json')), folder)
+        tensors = read_weights(folder)
+        embedding, head = hf_names(config)['embed.weight'][0][0], tensors.get('lm_head.weight')
+        if config.tied and head is not None:  # the file is right, not the config, as in transformers
+            config.tied = torch.equal(tensors.setdefault(embedding, head).to(head.dtype), head)
         value_file = os.path.join(folder, 'value_head.safetensors')
         # Weights in fp32 take an adapter in; beside those in bf16 it stays.
         adapter_file = os.path.join(folder, 'adapter.safetensors')
@@ -732,7 +740,6 @@ class Transformer(nn.Module):
         model.distribute(sharding(shard, model, torch.device(device)), product_dtype, device)
         model.to_empty(device=device).finish_loading()
 
-        tensors = read_weights(folder)
         for name, (sources, transpose) in hf_names(config).items():
             missing = [s for s in sources if s not in tensors]
             if missing:
@@ -805,7 +812,7 @@ class Transformer(nn.Module):
                 tokenizer.save(tmp)
             hf = config_to_hf(self.config, str(dtype).removeprefix('torch.'))
             if tokenizer is not None:
-                hf['eos_token_id'] = tokenizer.eos
+                hf['eos_token_id'] = tokenizer.ends if len(tokenizer.ends) > 1 else tokenizer.eos
             with open(os.path.join(tmp, 'config.json'), 'w') as f:
                 json.dump(hf, f, indent=2)
             replace_folder(tmp, path)
@@ -877,7 +884,7 @@ def hf_names(config):
                 if has_out:
                     add('attention.out', part, 'self_attn.o_proj')
                 if has_mlp:
-                    add('mlp.up', part, 'mlp.gate_proj', 'mlp.up_proj')
+                    add('mlp.up', part, *['mlp.gate_proj'] * (config.activation == 'silu'), 'mlp.up_proj')
                     add('mlp.out', part, 'mlp.down_proj')
             if config.qk_norm:
                 add('attention.q_norm', 'weight', 'self_attn.q_norm')
@@ -905,6 +912,12 @@ def config_from_hf(hf, source='config.json'):
     def refuse(what):
         raise UserError(f'{source}: {what} is not covered (this code knows {", ".join(FAMILIES)})')
 
+    if hf.get('model_type') == 'nanoreason':  # see config_to_hf
+        own = hf['nanoreason']
+        for key in set(own) - set(asdict(ModelConfig())):
+            refuse(f'the setting {key!r}')
+        return replace(config_from_hf(hf | {'model_type': own['family']}, source), **own)
+    hf = {key: value for key, value in hf.items() if value is not None}
     family = hf.get('model_type')
     if family not in FAMILIES:
         refuse(f'the architecture {family!r}')
@@ -927,11 +940,18 @@ def config_from_hf(hf, source='config.json'):
 
         if hf.get('hidden_act', 'silu') != 'silu':
             refuse(f'hidden_act {hf["hidden_act"]!r}')
-        rope = dict(hf.get('rope_parameters') or hf.get('rope_scaling') or {})  # transformers 5, or 4
+        rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}  # transformers 5, or 4
+        rope = {key: value for key, value in rope.items() if value is not None}
         rope_type = rope.setdefault('rope_type', rope.pop('type', 'default'))
         theta = rope.pop('rope_theta', None) or hf.get('rope_theta', 10000.0)
-        if rope_type not in ('default', 'linear', 'llama3'):
+        needed = {'default': (), 'linear': ('factor',), 'llama3': ('factor', 'low_freq_factor', 'high_freq_factor')}
+        if rope_type not in needed:
             refuse(f'rope scaling {rope_type!r}')
+        for key in needed[rope_type]:
+            if key not in rope:
+                raise UserError(f'{source}: rope scaling {rope_type!r} without {key!r}')
+        if rope_type == 'llama3':
+            rope.setdefault('original_max_position_embeddings', hf['max_position_embeddings'])
         if rope.get('partial_rotary_factor', hf.get('partial_rotary_factor', 1.0)) != 1.0:
             refuse('partial rotary positions')
         H, block_size = hf['num_attention_heads'], hf['max_position_embeddings']
@@ -951,8 +971,16 @@ def config_from_hf(hf, source='config.json'):
 
 
 def config_to_hf(config, dtype):
-    """config.json's dictionary, in the keys of transformers 4 and 5 alike."""
-    c = config
+    """config.json's dictionary, in the keys of transformers 4 and 5 alike. Where Hugging Face's form has no room for a field, the
+    model's type is 'nanoreason', so that nobody takes it for a plain Llama, and the field is kept under that name."""
+    hf = family_to_hf(config, dtype)
+    held = asdict(config_from_hf(hf))
+    own = {key: value for key, value in asdict(config).items() if value != held[key]}
+    return hf | {'model_type': 'nanoreason', 'nanoreason': own | {'family': config.family}} if own else hf
+
+
+def family_to_hf(c, dtype):
+    """The fields that Hugging Face's form of the family has."""
     if c.family == 'gpt2':
         return dict(model_type='gpt2', architectures=['GPT2LMHeadModel'], vocab_size=c.vocab_size, n_positions=c.block_size,
                     n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_inner=c.n_inner, layer_norm_epsilon=c.norm_eps,
@@ -989,6 +1017,16 @@ def refuse_missing_folder(path):
         raise UserError(f'{path}: no such checkpoint')
 
 
+def download(path, *patterns):
+    """The folder with the settings, the tokenizer and what else fits one of the patterns, of a hub's repository."""
+    refuse_missing_folder(path)
+    from huggingface_hub import snapshot_download  # slow to import, and needed for hub names alone
+    try:
+        return snapshot_download(path, allow_patterns=['*.json', '*.jinja', 'tokenizer*', 'vocab*', 'merges*', *patterns])
+    except Exception as error:  # offline, no such name, no permission: many types, all of them the user's to mend
+        raise UserError(f'{path}: neither a folder nor to be had from the hub ({first_line(error)})') from None
+
+
 def find_checkpoint(path):
     """The folder that holds config.json and weights: the path itself, a run's best/ (or last/), or a download from the hub."""
     for folder in [os.path.join(path, name) for name in ('best', 'best.old', 'last', 'last.old')] + [path]:  # .old: see replace_folder
@@ -997,28 +1035,34 @@ def find_checkpoint(path):
             return folder
     if os.path.isdir(path):
         raise UserError(f'{path}: no checkpoint there (config.json with *.safetensors, or a run with best/ or last/)')
-    refuse_missing_folder(path)
-    from huggingface_hub import snapshot_download  # slow to import, and needed for hub names alone
-    try:
-        return snapshot_download(path, allow_patterns=['*.json', '*.safetensors', 'tokenizer*', 'vocab*', 'merges*'])
-    except Exception as error:  # offline, no such name, no permission: many types, all of them the user's to mend
-        reason = str(error).strip().split('\n')[0]
-        raise UserError(f'{path}: neither a folder nor to be had from the hub ({type(error).__name__}: {reason})') from None
+    folder = download(path, '*.safetensors')
+    if weight_files(folder)[0].endswith('.bin'):  # many repositories have both, of the same weights
+        download(path, 'pytorch_model*.bin')
+    return folder
+
+
+def weight_files(folder):
+    """The names of the files that hold the weights, by transformers' order of preference: an index beside a single file is stale."""
+    for file in ('model.safetensors', 'pytorch_model.bin'):
+        if os.path.exists(os.path.join(folder, file)):
+            return [file]
+        index = os.path.join(folder, file + '.index.json')
+        if os.path.exists(index):
+            try:
+                return sorted(set(read_json(index)['weight_map'].values()))
+            except (KeyError, TypeError, AttributeError):
+                raise UserError(f'{index}: has no weight_map') from None
+    return ['pytorch_model.bin']
 
 
 def read_weights(folder):
     """{Hugging Face's name without its model prefix: tensor on the CPU, memory-mapped where the format allows it}."""
-    index = os.path.join(folder, 'model.safetensors.index.json')
-    if os.path.exists(index):
-        files = sorted(set(read_json(index)['weight_map'].values()))
-    else:
-        files = ['model.safetensors' if os.path.exists(os.path.join(folder, 'model.safetensors')) else 'pytorch_model.bin']
     tensors = {}
-    for file in files:
+    for file in weight_files(folder):
         path = os.path.join(folder, file)
         try:
-            if file.endswith('.bin'):
-                tensors.update(torch.load(path, map_location='cpu', weights_only=True, mmap=True))
+            if file.endswith('.bin'):  # a zip file since 2020
+                tensors.update(torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path)))
             else:
                 with safe_open(path, framework='pt') as f:
                     tensors.update({name: f.get_tensor(name) for name in f.keys()})

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError, bar, override, read_run
-from model import (KVCache, Transformer, autocast, cache_bytes, enough_memory, find_checkpoint, first_line, from_all, rank, read_json,
-                   refuse_missing_folder, setup, size_text, world_size)
+from model import (KVCache, Transformer, autocast, cache_bytes, download, enough_memory, find_checkpoint, first_line, from_all, rank,
+                   read_json, setup, size_text, world_size)
 
 # -----------------------------------------------------------------------------
 # settings, for running this file as a script
@@ -50,7 +50,8 @@ dtype = 'auto'        # of the matrix products: 'auto', 'float32', 'bfloat16'
 
 
 # -----------------------------------------------------------------------------
-# tokenizers: encode(text) -> ids, decode(ids) -> text, eos (id), bos (list of ids), vocab_size, save(folder)
+# tokenizers: encode(text) -> ids, decode(ids) -> text, bos (list of ids), eos (the id that training appends), ends (ids: each of them
+# ends a sample), vocab_size (the largest id + 1), save(folder)
 
 LABELS = ('[GOOD]', '[BAD]')
 
@@ -99,14 +100,14 @@ class BPETokenizer(PromptEncoding):
 
     def __init__(self, encoding):
         self.encoding = encoding
-        self.bos, self.eos = [], encoding.eot_token
+        self.bos, self.eos, self.ends = [], encoding.eot_token, [encoding.eot_token]
         self.vocab_size = encoding.n_vocab
 
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids):
-        return self.encoding.decode([i for i in ids if i < self.eos])  # the rest is EOS, and rows that pad the embedding
+        return self.encoding.decode([i for i in ids if i < self.eos and i not in self.ends])  # from EOS on rows only pad the embedding
 
     def save(self, folder):
         """bpe.json, from which we load, and the files from which AutoTokenizer makes the same ids."""
@@ -138,17 +139,24 @@ class BPETokenizer(PromptEncoding):
 class HFTokenizer(PromptEncoding):
     """Any fast tokenizer that AutoTokenizer loads."""
 
-    def __init__(self, hf, name):
+    def __init__(self, hf, name, ends=()):
+        """ends: the model's end tokens, the first of which serves where the tokenizer has none."""
+        if hf.eos_token_id is None and ends:
+            hf.eos_token = hf.convert_ids_to_tokens(ends[0])
         if hf.eos_token_id is None:
             raise UserError(f'{name}: the tokenizer has no end-of-text token')
-        self.hf, self.eos, self.vocab_size = hf, hf.eos_token_id, len(hf)
-        self.bos = [i for i in hf('')['input_ids'] if i != self.eos]  # what it puts before every text: <s> for Llama
+        self.hf, self.eos, self.ends = hf, hf.eos_token_id, [hf.eos_token_id]
+        self.vocab_size = max(hf.get_vocab().values()) + 1  # more than there are tokens, if ids are left out
+        text, whole = self.encode('a'), hf('a')['input_ids']
+        self.bos = whole[:next(i for i in range(len(whole)) if whole[i:i + len(text)] == text)]  # <s> for Llama
 
     def encode(self, text):
-        return self.hf(text, add_special_tokens=False)['input_ids']
+        """Text that spells a special token is text: no question holds an end token."""
+        return self.hf(text, add_special_tokens=False, split_special_tokens=True)['input_ids']
 
     def decode(self, ids):
-        return self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = [i for i in ids if i not in self.ends]
+        return self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def add_labels(self, granularity, new):
         super().add_labels(granularity, new)
@@ -198,28 +206,41 @@ def load_tokenizer(path, conditioned=True):
         if any(os.path.exists(os.path.join(folder, name)) for name in ('bpe.json', 'tokenizer_config.json')):
             break
     else:
-        folder = path
-        refuse_missing_folder(path)
         if read_run(path):
             raise UserError(f'{path}: the run has no checkpoint yet')
+        folder = path if os.path.isdir(path) or path == 'gpt2' else download(path)
     labels = os.path.join(folder, 'labels.json')
     labels = Labels(**read_json(labels)) if os.path.exists(labels) else None
     if labels and not conditioned:
         raise UserError(f'{path} is a return-conditioned policy (rcrl.py): eval.py and sample.py know what to tell it, this script does not')
+    files = [os.path.join(folder, name) for name in ('generation_config.json', 'config.json')]
+    generation, config = (read_json(file) if os.path.exists(file) else {} for file in files)
+    ends = []
+    for ids in (generation.get('eos_token_id'), config.get('eos_token_id')):
+        ends += ids if isinstance(ids, list) else [] if ids is None else [ids]
     try:
         if os.path.exists(os.path.join(folder, 'bpe.json')):
             saved = read_json(os.path.join(folder, 'bpe.json'))
             tokenizer = bpe_tokenizer([base64.b64decode(t) for t in saved['tokens']], saved['pattern'])
-        elif path == 'gpt2' and not os.path.isdir(path):
+        elif folder == 'gpt2' and not os.path.isdir(folder):
             tokenizer = BPETokenizer(tiktoken.get_encoding('gpt2'))  # from tiktoken's cache, or downloaded
         else:
             from transformers import AutoTokenizer  # seconds to import, so only when it is needed
-            tokenizer = HFTokenizer(AutoTokenizer.from_pretrained(folder), path)
+            tokenizer = HFTokenizer(AutoTokenizer.from_pretrained(folder), path, ends)
     except UserError:
         raise
     except Exception as error:  # offline, no such name, a broken file: many types, all of them the user's to mend
         reason = str(error).strip().split('\n')[0]
         raise UserError(f'{path}: no tokenizer could be loaded ({type(error).__name__}: {reason})') from None
+    rows = config.get('vocab_size', tokenizer.vocab_size)
+    text_ids = tokenizer.hf.vocab_size if isinstance(tokenizer, HFTokenizer) else tokenizer.eos
+    if tokenizer.eos >= rows:
+        raise UserError(f'{path}: the end token {tokenizer.eos} is outside of the embedding of {rows} rows: no sample would ever end')
+    if text_ids > rows:
+        raise UserError(f'{path}: the tokenizer has {text_ids} tokens, the embedding {rows} rows')
+    # Ids outside of the embedding are never drawn: an end token that only a config's default names, padding that was never learned.
+    tokenizer.ends = sorted({tokenizer.eos} | {i for i in ends if 0 <= i < rows})
+    tokenizer.vocab_size = min(tokenizer.vocab_size, rows)
     if labels:
         tokenizer.labels = labels
         tokenizer.vocab_size = labels.good[0] if labels.new else tokenizer.vocab_size  # what is drawn ends where labels begin
@@ -429,8 +450,8 @@ def epoch_order(examples, batch_size, seed, epoch):
 # the sampler
 
 class Sample(NamedTuple):
-    """One completion. A sampled EOS is its last id: an action like the others. With stop strings the ids go up to the token
-    that completed the string. finished: it ended by EOS or a stop string and not because the budget ran out. Labels that a
+    """One completion. A sampled end token is its last id: an action like the others. With stop strings the ids go up to the token
+    that completed the string. finished: it ended by an end token or a stop string and not because the budget ran out. Labels that a
     return-conditioned policy was told stand neither in prompt_ids nor in ids."""
     prompt_ids: list
     ids: list
@@ -500,7 +521,7 @@ class Cohort:
             self.read[row, step] = to_read > 0
             self.to_read[row] = torch.where(to_read > 0, to_read - 1, len(self.label) * self.sampler.ends_line[token])
         self.ids[row, step], self.logprobs[row, step] = token, logprob
-        self.end(token == tokenizer.eos)
+        self.end(self.sampler.ends[token])
         self.token.copy_(token)
         # A sample that is done may wait some steps for others to leave with it: not beyond the context.
         self.positions.add_(1).clamp_(max=self.sampler.model.config.block_size - 1)
@@ -642,6 +663,8 @@ class Sampler:
         # How often, in tokens, a cohort looks who is done: a GPU that is asked has to compute all that it was given first. And the share of
         # its rows above which none leave: that copies what the cache holds of the samples, and a GPU's graph is recorded again.
         self.patience, self.stay_above = (1, 0.9) if self.device.type == 'cpu' else (8, 0.75)
+        self.ends = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
+        self.ends[list(tokenizer.ends)] = True
         self.ends_line = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
         if self.label:
             self.ends_line[list(tokenizer.newline_ids)] = True

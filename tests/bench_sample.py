@@ -89,7 +89,7 @@ def ours(folder, work):
 
     class NoTokenizer:
         """Ids in, ids out; no id ends a sample."""
-        eos, vocab_size, labels, newline_ids = -1, model.config.vocab_size, None, ()
+        ends, vocab_size, labels, newline_ids = (), model.config.vocab_size, None, ()
 
     sampler = Sampler(model, NoTokenizer(), work.max_rows, dtype)
     return lambda rows: sum(len(s.ids) for s in sampler.generate([p for p, _ in rows], 1, [n for _, n in rows], 1.0))

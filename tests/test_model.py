@@ -3,8 +3,10 @@ import json
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from conftest import GPT2, ROOT, loud, real_data, tiny_config
 from safetensors.torch import load_file, save_file
 
 from config import UserError
-from model import (Checkpoints, KVCache, ModelConfig, Transformer, config_from_hf, config_to_hf, fast_cpu_matmul,
+from model import (Checkpoints, KVCache, ModelConfig, Transformer, config_from_hf, config_to_hf, fast_cpu_matmul, find_checkpoint,
                    make_optimizer, setup)
 from sample import real_cells
 
@@ -43,38 +45,91 @@ def hf_model(config):
     return loud(transformers.AutoModelForCausalLM.from_config(config).eval())
 
 
-@pytest.mark.parametrize('name', HF_CONFIGS)
-def test_logits_equal_transformers_and_export_returns_them(name, tmp_path):
-    theirs = hf_model(HF_CONFIGS[name]())
-    theirs.save_pretrained(tmp_path / 'theirs')
-    ours = Transformer.from_pretrained(str(tmp_path / 'theirs'))
+def test_logits_equal_transformers_and_export_returns_them(tmp_path):
     ids = torch.randint(0, V, (2, 50), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = theirs(ids).logits
-        assert expected.std() > 0.5  # logits that would show a fault
-        torch.testing.assert_close(ours(ids), expected, atol=5e-5, rtol=1e-5)
-        ours.save_pretrained(str(tmp_path / 'ours'))
-        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ours').eval()
-        torch.testing.assert_close(again(ids).logits, expected, atol=5e-5, rtol=1e-5)
-        assert torch.equal(Transformer.from_pretrained(str(tmp_path / 'ours'))(ids), ours(ids))
+    for name, config in HF_CONFIGS.items():
+        theirs = hf_model(config())
+        theirs.save_pretrained(tmp_path / 'theirs', max_shard_size='100KB' if name == 'qwen2' else '5GB')
+        assert (len([n for n in os.listdir(tmp_path / 'theirs') if n.endswith('.safetensors')]) > 1) == (name == 'qwen2')
+        ours = Transformer.from_pretrained(str(tmp_path / 'theirs'))
+        with torch.no_grad():
+            expected = theirs(ids).logits
+            assert expected.std() > 0.5  # logits that would show a fault
+            torch.testing.assert_close(ours(ids), expected, atol=5e-5, rtol=1e-5, msg=lambda text: f'{name}: {text}')
+            ours.save_pretrained(str(tmp_path / 'ours'))
+            again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ours').eval()
+            torch.testing.assert_close(again(ids).logits, expected, atol=5e-5, rtol=1e-5, msg=lambda text: f'{name}: {text}')
+            assert torch.equal(Transformer.from_pretrained(str(tmp_path / 'ours'))(ids), ours(ids))
+        shutil.rmtree(tmp_path / 'theirs')
 
 
-def test_sharded_checkpoint(tmp_path):
-    theirs = hf_model(HF_CONFIGS['qwen2']())
-    theirs.save_pretrained(tmp_path, max_shard_size='100KB')
-    assert len([n for n in os.listdir(tmp_path) if n.endswith('.safetensors')]) > 1
+def shard(state, folder, name):
+    """Two files and their index, as older versions of transformers wrote them."""
+    names, files, save = sorted(state), {}, torch.save if name.endswith('.bin') else save_file
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        file = name.replace('.', f'-0000{i}-of-00002.')
+        save({n: state[n].contiguous() for n in part}, folder / file)
+        files |= dict.fromkeys(part, file)
+    (folder / f'{name}.index.json').write_text(json.dumps({'metadata': {}, 'weight_map': files}))
+
+
+def test_the_files_that_transformers_would_read(tmp_path):
+    """In each folder the weights of the first of the seeds are those to be read; what was left beside them has other ones."""
+    def save(kind, folder, state):
+        if kind == 'single':
+            save_file({n: t.contiguous() for n, t in state.items()}, folder / 'model.safetensors', metadata={'format': 'pt'})
+        elif kind in ('bin', 'old bin'):
+            torch.save(state, folder / 'pytorch_model.bin', _use_new_zipfile_serialization=kind == 'bin')
+        else:
+            shard(state, folder, 'model.safetensors' if kind == 'shards' else 'pytorch_model.bin')
+
     ids = torch.arange(40)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(Transformer.from_pretrained(str(tmp_path))(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    for name, kinds in (('qwen2', ['single', 'shards']), ('qwen2', ['shards', 'bin']), ('qwen2', ['bin', 'bin shards']), ('qwen2', ['bin shards']),
+                        ('gpt2', ['old bin'])):
+        folder = tmp_path / f'{name} {kinds}'
+        for seed, kind in reversed(list(enumerate(kinds))):
+            theirs = loud(transformers.AutoModelForCausalLM.from_config(HF_CONFIGS[name]()).eval(), seed)
+            theirs.config.save_pretrained(folder)
+            save(kind, folder, (theirs.transformer if name == 'gpt2' else theirs).state_dict())  # without the prefix, as on the hub
+        again = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            for expected in (theirs(ids).logits, again(ids).logits):
+                torch.testing.assert_close(Transformer.from_pretrained(str(folder))(ids), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_checkpoint_as_torch_file(tmp_path):
-    theirs = hf_model(HF_CONFIGS['gpt2']())
-    theirs.config.save_pretrained(tmp_path)
-    torch.save(theirs.transformer.state_dict(), tmp_path / 'pytorch_model.bin')  # without the prefix, as on the hub
+def test_a_hub_is_asked_for_torch_files_where_it_has_no_others(tmp_path, monkeypatch):
+    Transformer(tiny_config(V)).init_weights().save_pretrained(str(tmp_path / 'm'))
+    asked = []
+    monkeypatch.setattr('huggingface_hub.snapshot_download', lambda path, allow_patterns: asked.append(allow_patterns) or str(tmp_path / 'm'))
+    assert find_checkpoint('someone/something') == str(tmp_path / 'm')
+    os.rename(tmp_path / 'm' / 'model.safetensors', tmp_path / 'm' / 'pytorch_model.bin')
+    find_checkpoint('someone/something')
+    assert ['pytorch_model*.bin' in patterns for patterns in asked] == [False, False, True]
+    assert all('*.safetensors' in patterns for patterns in asked[:2])
+
+
+def test_whether_the_output_is_the_embedding_is_read_from_the_file(tmp_path):
+    """Where the config says tied: with a copy of the embedding it is, with other weights it is not, with an output projection alone
+    that is the embedding; as in transformers, and after an export, too."""
     ids = torch.arange(40)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(Transformer.from_pretrained(str(tmp_path))(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    for name in ('llama, grouped queries, tied', 'gpt2'):
+        theirs = hf_model(HF_CONFIGS[name]())
+        embedding = 'transformer.wte.weight' if name == 'gpt2' else 'model.embed_tokens.weight'
+        state = theirs.state_dict()
+        other = {'lm_head.weight': torch.randn(V, 48, generator=torch.Generator().manual_seed(5))}
+        for tied, wanted in ((True, state | {'lm_head.weight': state[embedding].clone()}), (False, state | other),
+                             (True, {n: t for n, t in state.items() if n != embedding})):
+            folder = tmp_path / 'm'
+            theirs.config.save_pretrained(folder)
+            save_file(wanted, folder / 'model.safetensors', metadata={'format': 'pt'})
+            ours, again = Transformer.from_pretrained(str(folder)), transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+            assert ours.config.tied == tied == (ours.head.weight is ours.embed.weight)
+            ours.save_pretrained(str(tmp_path / 'ours'))
+            exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'ours').eval()
+            with torch.no_grad():
+                for expected in (again(ids).logits, exported(ids).logits):
+                    torch.testing.assert_close(ours(ids), expected, atol=5e-5, rtol=1e-5)
+                assert ((ours(ids) - theirs(ids).logits).abs().max() < 1e-3) == tied
 
 
 def test_real_checkpoint():
@@ -166,22 +221,31 @@ def test_value_head_starts_at_zero_leaves_the_logits_and_is_saved(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'm')  # which does not know it, and need not
 
 
-@pytest.mark.parametrize('change, message', [
-    ({'model_type': 'gemma2'}, "architecture 'gemma2'"),
-    ({'hidden_act': 'gelu'}, "hidden_act 'gelu'"),
-    ({'rope_scaling': {'type': 'yarn', 'factor': 4.0}}, "rope scaling 'yarn'"),
-    ({'partial_rotary_factor': 0.5}, 'partial rotary'),
-    ({'quantization_config': {'bits': 4}}, 'quantized'),
-    ({'hidden_size': None}, "no 'hidden_size'"),
-])
-def test_what_is_not_covered_is_refused_by_name(change, message):
-    hf = config_to_hf(tiny_config(V), 'float32')
-    hf.pop('rope_parameters')
-    hf |= change
-    if change == {'hidden_size': None}:
-        hf.pop('hidden_size')
-    with pytest.raises(UserError, match=message):
-        config_from_hf(hf)
+def test_what_is_not_covered_is_refused_by_name():
+    llama3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0}
+    for change, message in (
+            ({'model_type': 'gemma2'}, "architecture 'gemma2'"),
+            ({'hidden_act': 'gelu'}, "hidden_act 'gelu'"),
+            ({'rope_scaling': {'type': 'yarn', 'factor': 4.0}}, "rope scaling 'yarn'"),
+            ({'rope_scaling': {'type': 'linear'}}, "rope scaling 'linear' without 'factor'"),
+            ({'rope_scaling': llama3 | {'factor': None}}, "rope scaling 'llama3' without 'factor'"),
+            ({'rope_parameters': llama3 | {'low_freq_factor': None}}, "rope scaling 'llama3' without 'low_freq_factor'"),
+            ({'rope_parameters': {n: x for n, x in llama3.items() if n != 'high_freq_factor'}}, "'llama3' without 'high_freq_factor'"),
+            ({'partial_rotary_factor': 0.5}, 'partial rotary'),
+            ({'quantization_config': {'bits': 4}}, 'quantized'),
+            ({'model_type': 'nanoreason', 'nanoreason': {'family': 'llama', 'softcap': 30.0}}, "setting 'softcap'"),
+            ({'hidden_size': None}, "no 'hidden_size'")):
+        hf = config_to_hf(tiny_config(V), 'float32')
+        hf.pop('rope_parameters')
+        with pytest.raises(UserError, match=message):
+            config_from_hf(hf | change)
+
+
+def test_the_context_before_scaling_is_what_transformers_takes_it_for():
+    rope = {name: x for name, x in LLAMA3_ROPE.items() if name != 'original_max_position_embeddings'}
+    theirs = transformers.LlamaConfig(**LLAMA, rope_parameters=dict(rope)).rope_parameters
+    ours = config_from_hf(LLAMA | {'model_type': 'llama', 'rope_parameters': rope})
+    assert ours.rope_scaling | {'rope_theta': ours.rope_theta} == theirs
 
 
 def test_a_sliding_window_bounds_the_context():
@@ -193,55 +257,82 @@ def test_a_sliding_window_bounds_the_context():
     assert config_from_hf(qwen | {'use_sliding_window': True}).block_size == 512
 
 
-@pytest.mark.parametrize('family, changes', [('llama', {'rope_scaling': dict(rope_type='linear', factor=2.0)}), ('gpt2', GPT2),
-                                             ('qwen3', {'qk_norm': True, 'tied': False})])
-def test_config_round_trip(family, changes):
-    config = tiny_config(V, **({'family': family} | changes))
-    assert config_from_hf(json.loads(json.dumps(config_to_hf(config, 'float32')))) == config
+def test_every_field_of_a_config_survives_or_the_model_is_refused_at_once(tmp_path):
+    """Each field changed in each family: what cannot be saved cannot be made. What Hugging Face's form has no room for is not taken
+    for a plain model of the family by transformers."""
+    forms = {'llama': {}, 'gpt2': GPT2, 'mistral': {}, 'qwen2': {'qkv_bias': True}, 'qwen3': {'qk_norm': True}}
+    changes = dict(vocab_size=140, block_size=64, n_layer=1, n_head=8, n_kv_head=1, n_embd=48, head_dim=16, n_inner=40, norm_eps=1e-4,
+                   activation='gelu', rope_theta=5e4, rope_scaling=dict(rope_type='linear', factor=2.0), norm='layer', qkv_bias=True,
+                   out_bias=True, mlp_bias=True, qk_norm=True, tied=False)
+    assert set(changes) | {'family'} == set(asdict(ModelConfig()))
+    own, refused = set(), set()
+    for family, form in forms.items():
+        for field, value in ({'family': family} | changes).items():
+            if isinstance(value, bool):
+                value = not (form | {'tied': True}).get(field, False)
+            elif field == 'norm' and family == 'gpt2':
+                value = 'rms'
+            config = tiny_config(**({'vocab_size': V, 'family': family} | form | {field: value}))
+            hf = json.loads(json.dumps(config_to_hf(config, 'float32')))
+            assert config_from_hf(hf) == config, (family, field)
+            try:
+                model = loud(Transformer(config))
+            except UserError as error:
+                assert f'a {family} checkpoint cannot hold this model, for its ' in str(error)
+                refused.add((family, field))
+                continue
+            if hf['model_type'] == 'nanoreason':
+                own.add((family, field))
+                model.save_pretrained(str(tmp_path / 'm'))
+                with torch.no_grad():
+                    assert torch.equal(Transformer.from_pretrained(str(tmp_path / 'm'))(torch.arange(9)[None]), model(torch.arange(9)[None]))
+                with pytest.raises(ValueError, match='nanoreason'):
+                    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'm')
+    others = [family for family in forms if family != 'gpt2']
+    assert refused == {(family, 'norm') for family in forms} | {('gpt2', f) for f in ('rope_theta', 'qkv_bias', 'out_bias', 'mlp_bias', 'qk_norm')}
+    assert own == ({(family, field) for family in others for field in ('activation', 'qkv_bias', 'out_bias', 'mlp_bias', 'qk_norm')}
+                   - {('llama', 'mlp_bias')} | {('gpt2', field) for field in ('n_head', 'n_kv_head', 'n_embd', 'head_dim', 'rope_scaling')})
 
 
-class TestBrokenCheckpoints:
-    @pytest.fixture
-    def folder(self, tmp_path):
-        Transformer(tiny_config(V)).init_weights().save_pretrained(str(tmp_path / 'm'))
-        return tmp_path / 'm'
+def test_a_broken_checkpoint_is_refused_in_one_line(tmp_path):
+    def edit_weights(folder, change):
+        save_file(change(load_file(folder / 'model.safetensors')), folder / 'model.safetensors')
 
-    def check_refused(self, folder, match):
+    def truncate(folder):
+        data = (folder / 'model.safetensors').read_bytes()
+        (folder / 'model.safetensors').write_bytes(data[:len(data) // 2])
+
+    def widen(folder):
+        hf = json.loads((folder / 'config.json').read_text())
+        (folder / 'config.json').write_text(json.dumps(hf | {'vocab_size': V + 1}))
+
+    def index(folder, text):
+        os.remove(folder / 'model.safetensors')
+        (folder / 'pytorch_model.bin').rename(folder / 'other.bin')
+        (folder / 'pytorch_model.bin.index.json').write_text(text)
+
+    up = 'model.layers.1.mlp.up_proj.weight'
+    for breaks, match in (
+            (truncate, 'model.safetensors: the checkpoint is missing or broken'),
+            (lambda folder: edit_weights(folder, lambda w: {name: t for name, t in w.items() if name != up}), 'has no layers.1.mlp.up_proj.weight'),
+            (lambda folder: edit_weights(folder, lambda w: w | {'model.layers.0.self_attn.q_proj.bias': torch.zeros(32)}),
+             'no place for: layers.0.self_attn.q_proj.bias'),
+            (lambda folder: edit_weights(folder, lambda w: {n: t for n, t in w.items() if 'embed' not in n}), 'has no embed_tokens.weight'),
+            (widen, f'shape \\({V}, 32\\), the config asks for \\({V + 1}, 32\\)'),
+            (lambda folder: (folder / 'config.json').write_text('{"model_type": '), 'config.json: not readable as JSON'),
+            (lambda folder: index(folder, '{"weight_map": {"a": "absent.bin"}}'), 'absent.bin: the checkpoint is missing or broken'),
+            (lambda folder: index(folder, '{}'), 'pytorch_model.bin.index.json: has no weight_map'),
+            (lambda folder: os.remove(folder / 'config.json'), 'no checkpoint there'),
+            (lambda folder: shutil.rmtree(folder), 'no such checkpoint')):
+        folder = tmp_path / 'm'
+        Transformer(tiny_config(V)).init_weights().save_pretrained(str(folder))
+        (folder / 'pytorch_model.bin').write_bytes(b'never read')
+        breaks(folder)
         with pytest.raises(UserError, match=match) as error:
             Transformer.from_pretrained(str(folder))
         assert '\n' not in str(error.value)
-
-    def test_truncated(self, folder):
-        data = (folder / 'model.safetensors').read_bytes()
-        (folder / 'model.safetensors').write_bytes(data[:len(data) // 2])
-        self.check_refused(folder, 'model.safetensors: the checkpoint is missing or broken')
-
-    def test_missing_weight(self, folder):
-        tensors = load_file(folder / 'model.safetensors')
-        del tensors['model.layers.1.mlp.up_proj.weight']
-        save_file(tensors, folder / 'model.safetensors')
-        self.check_refused(folder, 'has no layers.1.mlp.up_proj.weight')
-
-    def test_extra_weight(self, folder):
-        save_file(load_file(folder / 'model.safetensors') | {'model.layers.0.self_attn.q_proj.bias': torch.zeros(32)},
-                  folder / 'model.safetensors')
-        self.check_refused(folder, 'no place for: layers.0.self_attn.q_proj.bias')
-
-    def test_wrong_shape(self, folder):
-        hf = json.loads((folder / 'config.json').read_text())
-        (folder / 'config.json').write_text(json.dumps(hf | {'vocab_size': V + 1}))
-        self.check_refused(folder, f'shape \\({V}, 32\\), the config asks for \\({V + 1}, 32\\)')
-
-    def test_broken_config(self, folder):
-        (folder / 'config.json').write_text('{"model_type": ')
-        self.check_refused(folder, 'config.json: not readable as JSON')
-
-    def test_no_checkpoint(self, tmp_path):
-        self.check_refused(tmp_path, 'no checkpoint there')
-        self.check_refused(tmp_path / 'absent', 'no such checkpoint')
-
-    def test_hub_out_of_reach(self):
-        self.check_refused('nobody/nothing', 'neither a folder nor to be had from the hub')
+    with pytest.raises(UserError, match='neither a folder nor to be had from the hub'):
+        Transformer.from_pretrained('nobody/nothing')
 
 
 def test_run_folder_means_its_best_checkpoint(tmp_path):
@@ -343,6 +434,7 @@ def test_fast_matmul_is_true_fp32():
         torch.backends.mkldnn.matmul.fp32_precision = before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='a setting of glibc')
 def test_freed_memory_is_kept():
     """A tensor of 64 MB is 16,384 pages, which it finds in place once the heap is large enough for it and its neighbours."""
@@ -353,7 +445,7 @@ def test_freed_memory_is_kept():
     assert min(map(int, done.stdout.split())) < 1000
 
 
-@pytest.mark.parametrize('arguments, match', [(('abacus',), "device 'abacus' cannot be used"), (('cpu', 'float8'), 'dtype is')])
-def test_setup_refuses(arguments, match):
-    with pytest.raises(UserError, match=match):
-        setup(*arguments)
+def test_setup_refuses():
+    for arguments, match in ((('abacus',), "device 'abacus' cannot be used"), (('cpu', 'float8'), 'dtype is')):
+        with pytest.raises(UserError, match=match):
+            setup(*arguments)

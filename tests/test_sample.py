@@ -371,7 +371,7 @@ def test_the_cache_takes_what_its_formula_says(model, bpe, dtype, monkeypatch):
 
     class Endless:
         """No id ends a sample."""
-        eos, vocab_size, labels, newline_ids = -1, bpe.vocab_size, None, ()
+        ends, vocab_size, labels, newline_ids = (), bpe.vocab_size, None, ()
 
     prompts = [bpe.encode(p) for p in PROMPTS]
     longest = max(map(len, prompts))
