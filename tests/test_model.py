@@ -412,6 +412,7 @@ def test_padding_is_not_computed_and_does_not_matter(changes, again):
     assert set(rows) == {14}
 
 
+@pytest.mark.slow
 def test_a_compiled_trunk_is_not_compiled_again():
     """Three micro-batches of a PPO iteration, one of them without padding, make all the graphs there are; others only vary in sizes."""
     model, rng = loud(Transformer(tiny_config(V))), random.Random(0)

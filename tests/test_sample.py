@@ -2,11 +2,13 @@
 import contextlib
 import copy
 import hashlib
+import io
 import itertools
+import json
 import os
 import random
+import runpy
 import shutil
-import subprocess
 import sys
 import weakref
 
@@ -86,18 +88,21 @@ def test_tiktoken_gpt2(tmp_path, monkeypatch):
         assert exported(text)['input_ids'] == ours.encode(text) == load_tokenizer(str(tmp_path / 'saved')).encode(text)
 
 
-@pytest.mark.parametrize('name, bos', [('gpt2', []), ('pythia_neox', []), ('mistral', [1])])
-def test_hugging_face_folders(name, bos, tmp_path):
-    tokenizer = load_tokenizer(real_data('tokenizers', name))
-    assert isinstance(tokenizer, HFTokenizer) and tokenizer.bos == bos
-    prompt, completion = 'Question: Tom has 3.\nAnswer:', ' Tom has 3+14=17.\n#### 17'
-    prompt_ids, completion_ids = tokenizer.encode_pair(prompt, completion)
-    assert prompt_ids == tokenizer.encode_prompt(prompt)
-    assert tokenizer.hf(prompt + completion)['input_ids'] == prompt_ids + completion_ids  # nothing is lost at the border
-    assert tokenizer.decode(completion_ids + [tokenizer.eos]).strip() == completion.strip()
-    tokenizer.save(tmp_path)
-    again = load_tokenizer(str(tmp_path))
-    assert again.encode(ODD_TEXT) == tokenizer.encode(ODD_TEXT) and again.vocab_size == tokenizer.vocab_size
+def test_hugging_face_folders(tmp_path):
+    for name, bos in (('gpt2', []), ('pythia_neox', []), ('mistral', [1])):
+        tokenizer = load_tokenizer(real_data('tokenizers', name))
+        assert isinstance(tokenizer, HFTokenizer) and tokenizer.bos == bos
+        prompt, completion = 'Question: Tom has 3.\nAnswer:', ' Tom has 3+14=17.\n#### 17'
+        prompt_ids, completion_ids = tokenizer.encode_pair(prompt, completion)
+        assert prompt_ids == tokenizer.encode_prompt(prompt)
+        assert tokenizer.hf(prompt + completion)['input_ids'] == prompt_ids + completion_ids  # nothing is lost at the border
+        assert tokenizer.decode(completion_ids + [tokenizer.eos]).strip() == completion.strip()
+        for text in ('a <|endoftext|> b', 'a </s><s> b', 'a <unk> b'):  # which spells special tokens
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == text and not set(ids) & set(tokenizer.hf.all_special_ids)
+        tokenizer.save(tmp_path)
+        again = load_tokenizer(str(tmp_path))
+        assert again.encode(ODD_TEXT) == tokenizer.encode(ODD_TEXT) and again.vocab_size == tokenizer.vocab_size
 
 
 def test_pair_whose_border_falls_within_a_token(bpe):
@@ -112,11 +117,128 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path):
         load_tokenizer(str(tmp_path / 'run'))
 
 
-@pytest.mark.parametrize('path', ['nobody/nothing', '/no/such/folder', 'out/nothing'])
-def test_missing_tokenizer_is_one_line(path):
-    with pytest.raises(UserError, match='no tokenizer could be loaded|no such checkpoint') as error:
-        load_tokenizer(path)
-    assert '\n' not in str(error.value)
+def test_missing_tokenizer_is_one_line(tmp_path):
+    for path, match in (('nobody/nothing', 'from the hub'), ('/no/such/folder', 'no such checkpoint'), ('out/nothing', 'no such checkpoint'),
+                        (str(tmp_path), 'no tokenizer could be loaded')):
+        with pytest.raises(UserError, match=match) as error:
+            load_tokenizer(path)
+        assert '\n' not in str(error.value)
+
+
+# -----------------------------------------------------------------------------
+# what is loaded from elsewhere
+
+TURN, OTHER = '<|turn|>', '<|other|>'  # end tokens beside <|endoftext|>, as chat models have them
+
+
+@pytest.fixture
+def elsewhere(bpe, tmp_path):
+    """elsewhere(edit, config.json's part, generation_config.json, eos) -> a folder with a tokenizer that AutoTokenizer loads, of 300 or so ids
+    and the special tokens <|endoftext|>, <|turn|> and <|other|>, in this order; edit: changes tokenizer.json's dictionary."""
+    def make(edit=lambda made: None, config=None, generation=None, **changes):
+        folder = tmp_path / 'elsewhere'
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        bpe.save(folder)
+        hf = transformers.AutoTokenizer.from_pretrained(folder)
+        hf.add_tokens([TURN, OTHER], special_tokens=True)
+        hf.save_pretrained(folder)
+        os.remove(folder / 'bpe.json')
+        made, settings = (json.loads((folder / name).read_text()) for name in ('tokenizer.json', 'tokenizer_config.json'))
+        edit(made)
+        settings |= changes
+        for name, content in (('tokenizer.json', made), ('tokenizer_config.json', settings), ('config.json', config),
+                              ('generation_config.json', generation)):
+            if content is not None:
+                (folder / name).write_text(json.dumps(content))
+        return str(folder)
+    return make
+
+
+def test_every_end_token_that_the_files_name_ends_a_sample(bpe, elsewhere, tmp_path):
+    """The tokenizer's own, config.json's and generation_config.json's; decoded they are nothing, transformers ends on the same ones, and
+    an export keeps them."""
+    turn, other, V = bpe.eos + 1, bpe.eos + 2, bpe.eos + 3
+    for config, generation, ends in (({}, None, []), ({'eos_token_id': turn}, {}, [turn]), ({}, {'eos_token_id': [other, turn]}, [turn, other]),
+                                     ({'eos_token_id': None}, {'eos_token_id': [65, bpe.eos]}, [65]),
+                                     ({'eos_token_id': [turn]}, {'eos_token_id': 65}, [65, turn]),
+                                     ({'eos_token_id': 50256}, {'eos_token_id': -1}, [])):  # defaults, which no sample can reach
+        tokenizer = load_tokenizer(elsewhere(config={'vocab_size': V} | config, generation=generation))
+        assert tokenizer.ends == sorted([bpe.eos] + ends) and tokenizer.eos == bpe.eos
+        assert tokenizer.decode([66, *tokenizer.ends, 67]) == bpe.decode([66, 67])
+
+    model, prompts = loud(Transformer(tiny_config(V))), [[i] for i in range(40, 48)]
+    plain = Sampler(model, tokenizer).generate(prompts, 1, 12, temperature=0)
+    ends = sorted({plain[0].ids[4], plain[1].ids[6]})
+    tokenizer = load_tokenizer(elsewhere(config={'vocab_size': V, 'eos_token_id': ends[0]}, generation={'eos_token_id': ends}))
+    model.save_pretrained(str(tmp_path / 'm'), tokenizer)
+    again, theirs = load_tokenizer(str(tmp_path / 'm')), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'm').eval()
+    assert again.ends == tokenizer.ends == sorted(ends + [bpe.eos])
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'm').eos_token_id == again.eos == bpe.eos
+    samples = Sampler(model, again).generate(prompts, 1, 12, temperature=0)
+    for prompt, sample in zip(prompts, samples):
+        out = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 1), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert out[0, 1:].tolist() == sample.ids
+        assert sample.finished == (sample.ids[-1] in again.ends)
+    assert all(s.finished and len(s.ids) <= n for s, n in zip(samples, (5, 7)))
+
+
+def test_an_end_token_is_the_tokenizers_or_else_the_models(elsewhere, bpe, tmp_path):
+    """One that no sample could draw is refused; a tokenizer without any takes the model's first, and keeps it."""
+    V = bpe.eos + 3
+    for rows, match in ((bpe.eos, f'the end token {bpe.eos} is outside of the embedding of {bpe.eos} rows'), (200, 'end token')):
+        with pytest.raises(UserError, match=match):
+            load_tokenizer(elsewhere(config={'vocab_size': rows}))
+    with pytest.raises(UserError, match=f'has {bpe.eos} tokens, the embedding 200 rows'):
+        load_tokenizer(elsewhere(config={'vocab_size': 200}, eos_token='A'))
+    with pytest.raises(UserError, match='no end-of-text token'):
+        load_tokenizer(elsewhere(config={'vocab_size': V}, eos_token=None))
+    tokenizer = load_tokenizer(elsewhere(config={'vocab_size': V, 'eos_token_id': [V - 1, V - 2]}, eos_token=None))
+    loud(Transformer(tiny_config(V))).save_pretrained(str(tmp_path / 'm'), tokenizer)
+    again = load_tokenizer(str(tmp_path / 'm'))
+    assert again.eos == tokenizer.eos == V - 1 and again.ends == tokenizer.ends == [V - 2, V - 1]
+    assert load_tokenizer(elsewhere(config={'vocab_size': V - 1})).vocab_size == V - 1  # <|other|> was never learned
+
+
+def test_ids_may_have_holes(elsewhere, bpe):
+    """The last token of the text moves behind the special ones. Where it was, an id means nothing, and does no harm."""
+    last = bpe.eos - 1
+
+    def move(made):
+        vocab = made['model']['vocab']
+        vocab[next(t for t, i in vocab.items() if i == last)] = bpe.eos + 20
+    tokenizer = load_tokenizer(elsewhere(move))
+    word = bpe.decode([last])
+    assert tokenizer.encode(word) == [bpe.eos + 20] and tokenizer.decode([bpe.eos + 20]) == word and tokenizer.decode([last]) == ''
+    assert tokenizer.vocab_size == bpe.eos + 21 > len(tokenizer.hf)
+    assert bpe.eos + 20 not in tokenizer.newline_ids
+    drawn = Sampler(Uniform(bpe.eos + 25), tokenizer).generate([[0]], 20, 200, 1.0)
+    assert bpe.eos + 15 < max(i for s in drawn for i in s.ids) < tokenizer.vocab_size and all(tokenizer.decode(s.ids) for s in drawn)
+    with pytest.raises(UserError, match='other ids than its next two'):  # the library would give them the ids of other tokens
+        tokenizer.add_labels('step', new=True)
+
+
+def test_the_begin_token_is_what_transformers_puts_before_a_text(elsewhere, bpe):
+    for bos in (bpe.eos, bpe.eos + 1):
+        for after in (False, True):  # an end token behind every text is not for prompts
+            def edit(made):
+                token = {bpe.eos: '<|endoftext|>', bpe.eos + 1: TURN}[bos]
+                single = [{'SpecialToken': {'id': token, 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}]
+                single += [{'SpecialToken': {'id': token, 'type_id': 0}}] * after
+                made['post_processor'] = {'type': 'TemplateProcessing', 'single': single, 'pair': single + [{'Sequence': {'id': 'B', 'type_id': 1}}],
+                                          'special_tokens': {token: {'id': token, 'ids': [bos], 'tokens': [token]}}}
+            tokenizer = load_tokenizer(elsewhere(edit))
+            assert tokenizer.bos == [bos]
+            theirs = tokenizer.hf('Tom has 3')['input_ids']
+            assert tokenizer.encode_prompt('Tom has 3') == (theirs[:-1] if after else theirs)
+
+
+def test_text_that_spells_a_special_token_is_text(elsewhere, bpe):
+    text = f'What is <|endoftext|>? {TURN}x [GOOD] '
+    tokenizer = load_tokenizer(elsewhere())
+    tokenizer.add_labels('step', new=True)
+    for tok in (tokenizer, bpe):
+        assert max(tok.encode(text)) < bpe.eos and tok.decode(tok.encode(text)) == text
 
 
 # -----------------------------------------------------------------------------
@@ -124,7 +246,7 @@ def test_missing_tokenizer_is_one_line(path):
 
 def test_uniform_is_uniform_within_and_across_streams():
     across = uniform(torch.tensor([random_stream(0, [1, 2], j) for j in range(20000)]), 3)
-    within = torch.stack([uniform(torch.tensor([random_stream(5, [1, 2], 7)]), t)[0] for t in range(20000)])
+    within = uniform(torch.tensor([random_stream(5, [1, 2], 7)]), torch.arange(20000))
     for u in (across, within):
         assert 0 < u.min() and u.max() < 1
         counts = torch.histc(u, bins=20, min=0, max=1)
@@ -151,27 +273,27 @@ def chi_square(tokens, p):
     return ((counts[p > 0] - expected) ** 2 / expected).sum().item(), len(expected) - 1
 
 
-@pytest.mark.parametrize('temperature, top_k, top_p, V', [(1.0, 0, 1.0, 12), (0.5, 0, 1.0, 12), (2.0, 5, 1.0, 12), (1.0, 0, 0.7, 12), (0.8, 6, 0.9, 12),
-                                                          (1.0, 0, 1.0, 64), (1.0, 0, 1.0, 201), (1.5, 90, 0.95, 201)])
-def test_draws_follow_the_softmax(temperature, top_k, top_p, V):
+def test_draws_follow_the_softmax():
     """V = 64 is one block of the draw, 201 are four, the last of them padded."""
-    logits = torch.randn(V, generator=torch.Generator().manual_seed(3)) * 1.5
-    if V == 201:
-        logits[64:128] = -torch.inf  # a block without any mass
-    p = (logits / temperature).softmax(-1)
-    if top_k:
-        p[p.argsort(descending=True)[top_k:]] = 0
-        p /= p.sum()
-    if top_p < 1:
-        order, mass = p.argsort(descending=True), 0.0
-        for i in order:
-            p[i], mass = (0, mass) if mass >= top_p else (p[i], mass + p[i])
-        p /= p.sum()
     u = uniform(torch.tensor([random_stream(0, [1], j) for j in range(30000)]), 0)
-    tokens, logprobs = draw(logits.expand(30000, V).contiguous(), u, temperature, top_k, top_p)
-    torch.testing.assert_close(logprobs, (logits / temperature).log_softmax(-1)[tokens])  # of the whole distribution
-    statistic, freedom = chi_square(tokens, p)
-    assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # mean and four standard deviations
+    for temperature, top_k, top_p, V in ((1.0, 0, 1.0, 12), (0.5, 0, 1.0, 12), (2.0, 5, 1.0, 12), (1.0, 0, 0.7, 12), (0.8, 6, 0.9, 12),
+                                         (1.0, 0, 1.0, 64), (1.0, 0, 1.0, 201), (1.5, 90, 0.95, 201)):
+        logits = torch.randn(V, generator=torch.Generator().manual_seed(3)) * 1.5
+        if V == 201:
+            logits[64:128] = -torch.inf  # a block without any mass
+        p = (logits / temperature).softmax(-1)
+        if top_k:
+            p[p.argsort(descending=True)[top_k:]] = 0
+            p /= p.sum()
+        if top_p < 1:
+            order, mass = p.argsort(descending=True), 0.0
+            for i in order:
+                p[i], mass = (0, mass) if mass >= top_p else (p[i], mass + p[i])
+            p /= p.sum()
+        tokens, logprobs = draw(logits.expand(30000, V).contiguous(), u, temperature, top_k, top_p)
+        torch.testing.assert_close(logprobs, (logits / temperature).log_softmax(-1)[tokens])  # of the whole distribution
+        statistic, freedom = chi_square(tokens, p)
+        assert statistic < freedom + 4 * (2 * freedom) ** 0.5, (temperature, top_k, top_p, V)  # mean and four standard deviations
 
 
 def test_the_nucleus_is_the_smallest_set_with_the_mass():
@@ -296,22 +418,22 @@ def test_greedy_on_the_real_checkpoint():
         assert out[0, ids.shape[1]:].tolist() == sample.ids
 
 
-@pytest.mark.parametrize('temperature', [0, 0.7, 1.3])
-def test_logprobs_equal_the_trainers_forward(model, bpe, temperature):
-    for s in Sampler(model, bpe).generate(PROMPTS, 5, 25, temperature):
-        with torch.no_grad():
-            logits = model(torch.tensor([s.prompt_ids + s.ids]))[0, len(s.prompt_ids) - 1:-1]
-        expected = token_logprobs(logits, torch.tensor(s.ids), temperature or 1.0)
-        torch.testing.assert_close(torch.tensor(s.logprobs), expected, atol=1e-5, rtol=1e-5)
+def test_logprobs_equal_the_trainers_forward(model, bpe):
+    for temperature in (0, 0.7, 1.3):
+        for s in Sampler(model, bpe).generate(PROMPTS, 5, 25, temperature):
+            with torch.no_grad():
+                logits = model(torch.tensor([s.prompt_ids + s.ids]))[0, len(s.prompt_ids) - 1:-1]
+            expected = token_logprobs(logits, torch.tensor(s.ids), temperature or 1.0)
+            torch.testing.assert_close(torch.tensor(s.logprobs), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_rows_do_not_depend_on_batch_mates_or_order(model, bpe):
-    together = Sampler(model, bpe, 64).generate(PROMPTS, 6, 30, 1.0, seed=3)
-    backwards = Sampler(model, bpe, 5).generate(PROMPTS[::-1], 6, 30, 1.0, seed=3)  # batches that split a prompt's samples
+    together = Sampler(model, bpe, 64).generate(PROMPTS, 3, 20, 1.0, seed=3)
+    backwards = Sampler(model, bpe, 5).generate(PROMPTS[::-1], 3, 20, 1.0, seed=3)  # batches that split a prompt's samples
     for i, prompt in enumerate(PROMPTS):
-        one = Sampler(model, bpe, 2).generate([prompt], 6, 30, 1.0, seed=3)
-        assert [s.ids for s in one] == [s.ids for s in together[6 * i:6 * i + 6]]
-        assert [s.ids for s in one] == [s.ids for s in backwards[6 * (3 - i):6 * (3 - i) + 6]]
+        one = Sampler(model, bpe, 2).generate([prompt], 3, 20, 1.0, seed=3)
+        assert [s.ids for s in one] == [s.ids for s in together[3 * i:3 * i + 3]]
+        assert [s.ids for s in one] == [s.ids for s in backwards[3 * (3 - i):3 * (3 - i) + 3]]
 
 
 def test_whole_updates_are_of_similar_length_in_every_epoch():
@@ -429,18 +551,19 @@ class RecordedReplay(sample.Replay):
             self.f()
 
 
-@pytest.mark.parametrize('labels', [False, True])
-@pytest.mark.parametrize('arguments', [dict(temperature=1.3), dict(temperature=0), dict(temperature=1.0, top_k=7), dict(temperature=1.0, top_p=0.9),
-                                       dict(temperature=1.0, stop=('e', '1'))], ids=str)
+@pytest.mark.parametrize('arguments, labels', [(dict(temperature=1.3), True), (dict(temperature=0), False), (dict(temperature=1.0, top_k=7), False),
+                                               (dict(temperature=1.0, top_p=0.9), True), (dict(temperature=1.0, stop=('e', '1')), False),
+                                               (dict(temperature=1.0, stop=('e', '1')), True)], ids=str)
 def test_a_decoding_step_can_be_replayed(model, bpe, monkeypatch, arguments, labels):
     """On a GPU a step is a CUDA graph, samples are looked at every eight tokens, and a part of the cache's last block is read. Whatever of
     it does not depend on the device is done here as it is there, and gives the samples that a CPU's way gives."""
     model, tok = copy.deepcopy(model), copy.copy(bpe)
+    tok.ends = [bpe.eos, *bpe.encode('e')]  # one that comes often, too
     if labels:
         tok.add_labels('step', new=True)
         loud(model.add_tokens(bpe.vocab_size, 2), seed=3)
     prompts, budgets = PROMPTS * 2, [30, 5, 41, 60, 17, 33, 1, 24]
-    expected = Sampler(model, tok, 12).generate(prompts, 4, budgets, **arguments)
+    expected = Sampler(model, tok, 12).generate(prompts, 2, budgets, **arguments)
     monkeypatch.setattr(sample, 'Replay', RecordedReplay)
     monkeypatch.setattr('model.cache_block', lambda device: (32, 8))
     start = KVCache.start
@@ -453,8 +576,8 @@ def test_a_decoding_step_can_be_replayed(model, bpe, monkeypatch, arguments, lab
     monkeypatch.setattr(RecordedReplay, 'replayed', 0)
     sampler = Sampler(model, tok, 12)
     sampler.patience, sampler.stay_above = 8, 0.75
-    found = sampler.generate(prompts, 4, budgets, **arguments)
-    assert RecordedReplay.recorded > 3 and RecordedReplay.replayed > 5
+    found = sampler.generate(prompts, 2, budgets, **arguments)
+    assert RecordedReplay.recorded > 2 and RecordedReplay.replayed > 2
     for a, b in zip(expected, found):
         assert (a.ids, a.finished) == (b.ids, b.finished)
         torch.testing.assert_close(a.logprobs, b.logprobs, atol=1e-5, rtol=1e-5)
@@ -636,13 +759,13 @@ def test_bf16_samples_have_the_forward_passes_logprobs(model, bpe):
         assert error.mean() < 0.1  # weights this large turn bf16's 3 digits into a tenth of a nat
 
 
-@pytest.mark.parametrize('arguments, match', [
-    (dict(k=0), 'k must be at least 1'), (dict(max_new_tokens=0), 'max_new_tokens must be'), (dict(temperature=-1), 'temperature must'),
-    (dict(temperature=float('nan')), 'temperature must'), (dict(top_p=0), 'top_p must'), (dict(top_k=-1), 'top_k must'),
-    (dict(max_new_tokens=95), 'exceed the context of 96 tokens')])
-def test_bad_arguments(model, bpe, arguments, match):
-    with pytest.raises(UserError, match=match):
-        Sampler(model, bpe).generate(['Question: Tom'], **(dict(max_new_tokens=5) | arguments))
+def test_bad_arguments(model, bpe):
+    for arguments, match in ((dict(k=0), 'k must be at least 1'), (dict(max_new_tokens=0), 'max_new_tokens must be'),
+                             (dict(temperature=-1), 'temperature must'), (dict(temperature=float('nan')), 'temperature must'),
+                             (dict(top_p=0), 'top_p must'), (dict(top_k=-1), 'top_k must'),
+                             (dict(max_new_tokens=95), 'exceed the context of 96 tokens')):
+        with pytest.raises(UserError, match=match):
+            Sampler(model, bpe).generate(['Question: Tom'], **(dict(max_new_tokens=5) | arguments))
     with pytest.raises(UserError, match='a prompt is empty'):
         Sampler(model, bpe).generate([''], 1, 5)
 
@@ -651,15 +774,20 @@ def test_no_prompts_no_samples(model, bpe):
     assert Sampler(model, bpe).generate([], 3, 5) == []
 
 
-def test_command_line(bpe, tmp_path):
+def test_command_line(bpe, tmp_path, monkeypatch, capsys):
     loud(Transformer(tiny_config(bpe.vocab_size))).save_pretrained(str(tmp_path / 'm'), bpe)
-    command = [sys.executable, 'sample.py', f'--init_from={tmp_path}/m', '--start=Tom has', '--max_new_tokens=8', '--k=2', '--device=cpu']
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert out.count('-' * 20) == 2
-    piped = subprocess.run(command[:3] + command[4:], cwd=ROOT, capture_output=True, text=True, check=True, input='Tom has\nAnn\n').stdout
-    assert piped.count('-' * 20) == 4
-    within = [sys.executable, 'sample.py', f'--init_from={tmp_path}/m', '--start=Tom has', '--device=cpu']  # a context of 96 tokens
-    assert subprocess.run(within, cwd=ROOT, capture_output=True, text=True, check=True).stdout.count('-' * 20) == 1
+    monkeypatch.setattr('model.setup', lambda device, dtype, seed: (torch.device('cpu'), torch.float32))  # whose settings are the process's
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+
+    def run(*flags, typed=''):
+        monkeypatch.setattr(sys, 'stdin', io.StringIO(typed))
+        monkeypatch.setattr(sys, 'argv', ['sample.py', f'--init_from={tmp_path}/m', *flags])
+        runpy.run_path(os.path.join(ROOT, 'sample.py'), run_name='__main__')
+        return capsys.readouterr().out.count('-' * 20)
+    assert run('--start=Tom has', '--max_new_tokens=8', '--k=2') == 2
+    assert run('--max_new_tokens=8', '--k=2', typed='Tom has\nAnn\n') == 4
+    assert run('--start=Tom has') == 1  # a context of 96 tokens
     for flag, said in (('--start=' + 'Tom has ' * 90, 'exceed the context of 96 tokens'), ('--max_new_tokens=0', 'must be at least 1')):
-        refused = subprocess.run(within + [flag], cwd=ROOT, capture_output=True, text=True)
-        assert refused.returncode == 2 and said in refused.stderr and refused.stderr.count('\n') == 1
+        with pytest.raises(UserError, match=said) as error:
+            run('--start=Tom has', flag)
+        assert '\n' not in str(error.value)
