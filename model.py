@@ -944,7 +944,8 @@ def config_from_hf(hf, source='config.json'):
         rope = {key: value for key, value in rope.items() if value is not None}
         rope_type = rope.setdefault('rope_type', rope.pop('type', 'default'))
         theta = rope.pop('rope_theta', None) or hf.get('rope_theta', 10000.0)
-        needed = {'default': (), 'linear': ('factor',), 'llama3': ('factor', 'low_freq_factor', 'high_freq_factor')}
+        needed = {'default': (), 'linear': ('factor',),
+                  'llama3': ('factor', 'low_freq_factor', 'high_freq_factor')}
         if rope_type not in needed:
             refuse(f'rope scaling {rope_type!r}')
         for key in needed[rope_type]:
@@ -971,8 +972,8 @@ def config_from_hf(hf, source='config.json'):
 
 
 def config_to_hf(config, dtype):
-    """config.json's dictionary, in the keys of transformers 4 and 5 alike. Where Hugging Face's form has no room for a field, the
-    model's type is 'nanoreason', so that nobody takes it for a plain Llama, and the field is kept under that name."""
+    """config.json's dictionary, in the keys of transformers 4 and 5. Where Hugging Face's form has no room for a
+    field, the field is kept under 'nanoreason', which is then the model's type, too: it is no plain Llama."""
     hf = family_to_hf(config, dtype)
     held = asdict(config_from_hf(hf))
     own = {key: value for key, value in asdict(config).items() if value != held[key]}
@@ -1018,13 +1019,15 @@ def refuse_missing_folder(path):
 
 
 def download(path, *patterns):
-    """The folder with the settings, the tokenizer and what else fits one of the patterns, of a hub's repository."""
+    """Fetches the settings, the tokenizer and what else fits one of the patterns from a hub; returns the folder."""
     refuse_missing_folder(path)
     from huggingface_hub import snapshot_download  # slow to import, and needed for hub names alone
     try:
-        return snapshot_download(path, allow_patterns=['*.json', '*.jinja', 'tokenizer*', 'vocab*', 'merges*', *patterns])
-    except Exception as error:  # offline, no such name, no permission: many types, all of them the user's to mend
-        raise UserError(f'{path}: neither a folder nor to be had from the hub ({first_line(error)})') from None
+        patterns = ['*.json', '*.jinja', 'tokenizer*', 'vocab*', 'merges*', *patterns]
+        return snapshot_download(path, allow_patterns=patterns)
+    except Exception as error:  # offline, no such name, no permission: many types, all the user's to mend
+        reason = first_line(error)
+        raise UserError(f'{path}: neither a folder nor to be had from the hub ({reason})') from None
 
 
 def find_checkpoint(path):
@@ -1042,7 +1045,8 @@ def find_checkpoint(path):
 
 
 def weight_files(folder):
-    """The names of the files that hold the weights, by transformers' order of preference: an index beside a single file is stale."""
+    """The names of the files that hold the weights, in transformers' order of preference: an index beside a
+    single file may be stale."""
     for file in ('model.safetensors', 'pytorch_model.bin'):
         if os.path.exists(os.path.join(folder, file)):
             return [file]
@@ -1061,8 +1065,9 @@ def read_weights(folder):
     for file in weight_files(folder):
         path = os.path.join(folder, file)
         try:
-            if file.endswith('.bin'):  # a zip file since 2020
-                tensors.update(torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path)))
+            if file.endswith('.bin'):
+                mmap = zipfile.is_zipfile(path)  # files from before 2020 are not
+                tensors.update(torch.load(path, map_location='cpu', weights_only=True, mmap=mmap))
             else:
                 with safe_open(path, framework='pt') as f:
                     tensors.update({name: f.get_tensor(name) for name in f.keys()})

@@ -50,8 +50,8 @@ dtype = 'auto'        # of the matrix products: 'auto', 'float32', 'bfloat16'
 
 
 # -----------------------------------------------------------------------------
-# tokenizers: encode(text) -> ids, decode(ids) -> text, bos (list of ids), eos (the id that training appends), ends (ids: each of them
-# ends a sample), vocab_size (the largest id + 1), save(folder)
+# tokenizers: encode(text) -> ids, decode(ids) -> text, bos (list of ids), eos (the id that training appends),
+# ends (list of ids, each of which ends a sample), vocab_size (the largest id + 1), save(folder)
 
 LABELS = ('[GOOD]', '[BAD]')
 
@@ -107,7 +107,8 @@ class BPETokenizer(PromptEncoding):
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids):
-        return self.encoding.decode([i for i in ids if i < self.eos and i not in self.ends])  # from EOS on rows only pad the embedding
+        ids = [i for i in ids if i < self.eos and i not in self.ends]  # ids above EOS pad the embedding
+        return self.encoding.decode(ids)
 
     def save(self, folder):
         """bpe.json, from which we load, and the files from which AutoTokenizer makes the same ids."""
@@ -148,7 +149,8 @@ class HFTokenizer(PromptEncoding):
         self.hf, self.eos, self.ends = hf, hf.eos_token_id, [hf.eos_token_id]
         self.vocab_size = max(hf.get_vocab().values()) + 1  # more than there are tokens, if ids are left out
         text, whole = self.encode('a'), hf('a')['input_ids']
-        self.bos = whole[:next(i for i in range(len(whole)) if whole[i:i + len(text)] == text)]  # <s> for Llama
+        start = next(i for i in range(len(whole)) if whole[i:i + len(text)] == text)
+        self.bos = whole[:start]  # <s> for Llama
 
     def encode(self, text):
         """Text that spells a special token is text: no question holds an end token."""
@@ -235,10 +237,11 @@ def load_tokenizer(path, conditioned=True):
     rows = config.get('vocab_size', tokenizer.vocab_size)
     text_ids = tokenizer.hf.vocab_size if isinstance(tokenizer, HFTokenizer) else tokenizer.eos
     if tokenizer.eos >= rows:
-        raise UserError(f'{path}: the end token {tokenizer.eos} is outside of the embedding of {rows} rows: no sample would ever end')
+        raise UserError(f'{path}: the end token {tokenizer.eos} is outside of the embedding of {rows} rows: '
+                        'no sample would ever end')
     if text_ids > rows:
         raise UserError(f'{path}: the tokenizer has {text_ids} tokens, the embedding {rows} rows')
-    # Ids outside of the embedding are never drawn: an end token that only a config's default names, padding that was never learned.
+    # Ids outside of the embedding are never drawn: an end token that is a config's default, padding that was added.
     tokenizer.ends = sorted({tokenizer.eos} | {i for i in ends if 0 <= i < rows})
     tokenizer.vocab_size = min(tokenizer.vocab_size, rows)
     if labels:

@@ -133,8 +133,9 @@ TURN, OTHER = '<|turn|>', '<|other|>'  # end tokens beside <|endoftext|>, as cha
 
 @pytest.fixture
 def elsewhere(bpe, tmp_path):
-    """elsewhere(edit, config.json's part, generation_config.json, eos) -> a folder with a tokenizer that AutoTokenizer loads, of 300 or so ids
-    and the special tokens <|endoftext|>, <|turn|> and <|other|>, in this order; edit: changes tokenizer.json's dictionary."""
+    """elsewhere(edit, config, generation, **changes) -> a folder with config.json, generation_config.json and a tokenizer that
+    AutoTokenizer loads: bpe's ids, of which <|endoftext|> is the last, and then <|turn|> and <|other|>. edit(tokenizer.json's
+    dictionary) and `changes` of tokenizer_config.json make it another one."""
     def make(edit=lambda made: None, config=None, generation=None, **changes):
         folder = tmp_path / 'elsewhere'
         shutil.rmtree(folder, ignore_errors=True)
@@ -155,11 +156,12 @@ def elsewhere(bpe, tmp_path):
     return make
 
 
-def test_every_end_token_that_the_files_name_ends_a_sample(bpe, elsewhere, tmp_path):
+def test_every_end_token_that_the_files_name_ends_a_sample(bpe, elsewhere, tmp_path, monkeypatch):
     """The tokenizer's own, config.json's and generation_config.json's; decoded they are nothing, transformers ends on the same ones, and
     an export keeps them."""
     turn, other, V = bpe.eos + 1, bpe.eos + 2, bpe.eos + 3
-    for config, generation, ends in (({}, None, []), ({'eos_token_id': turn}, {}, [turn]), ({}, {'eos_token_id': [other, turn]}, [turn, other]),
+    for config, generation, ends in (({}, None, []), ({'eos_token_id': turn}, {}, [turn]),
+                                     ({}, {'eos_token_id': [other, turn]}, [turn, other]),
                                      ({'eos_token_id': None}, {'eos_token_id': [65, bpe.eos]}, [65]),
                                      ({'eos_token_id': [turn]}, {'eos_token_id': 65}, [65, turn]),
                                      ({'eos_token_id': 50256}, {'eos_token_id': -1}, [])):  # defaults, which no sample can reach
@@ -177,10 +179,13 @@ def test_every_end_token_that_the_files_name_ends_a_sample(bpe, elsewhere, tmp_p
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'm').eos_token_id == again.eos == bpe.eos
     samples = Sampler(model, again).generate(prompts, 1, 12, temperature=0)
     for prompt, sample in zip(prompts, samples):
-        out = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 1), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        out = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 1), max_new_tokens=12, do_sample=False,
+                              pad_token_id=0)
         assert out[0, 1:].tolist() == sample.ids
         assert sample.finished == (sample.ids[-1] in again.ends)
     assert all(s.finished and len(s.ids) <= n for s, n in zip(samples, (5, 7)))
+    monkeypatch.setattr('huggingface_hub.snapshot_download', lambda path, allow_patterns: elsewhere(generation={'eos_token_id': turn}))
+    assert load_tokenizer('someone/something').ends == [bpe.eos, turn]  # the hub's files, too
 
 
 def test_an_end_token_is_the_tokenizers_or_else_the_models(elsewhere, bpe, tmp_path):
@@ -225,7 +230,8 @@ def test_the_begin_token_is_what_transformers_puts_before_a_text(elsewhere, bpe)
                 token = {bpe.eos: '<|endoftext|>', bpe.eos + 1: TURN}[bos]
                 single = [{'SpecialToken': {'id': token, 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}]
                 single += [{'SpecialToken': {'id': token, 'type_id': 0}}] * after
-                made['post_processor'] = {'type': 'TemplateProcessing', 'single': single, 'pair': single + [{'Sequence': {'id': 'B', 'type_id': 1}}],
+                pair = single + [{'Sequence': {'id': 'B', 'type_id': 1}}]
+                made['post_processor'] = {'type': 'TemplateProcessing', 'single': single, 'pair': pair,
                                           'special_tokens': {token: {'id': token, 'ids': [bos], 'tokens': [token]}}}
             tokenizer = load_tokenizer(elsewhere(edit))
             assert tokenizer.bos == [bos]
