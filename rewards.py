@@ -153,9 +153,17 @@ def completion(solution):
 
 # ---- Answer check ----
 
-NUMBER = re.compile(r'([-+$£€\s]*)([.,]?[0-9][0-9.,]*)(?:/([0-9][0-9.,]*))?(?![0-9.,]*(?:[eE/][-+]?)?[0-9])%?')
+NUMBER = re.compile(r'([-+$£€\s]*)([.,]?[0-9][0-9.,]*)(?:/([0-9][0-9.,]*))?'
+                    # there the number ends: 1e5, 1/2/3, 9^2, 9{.}5, 2\sqrt{3}, 3\ 4 are none; 18\text{ kg} is 18
+                    r'(?![0-9.,]*(?:(?:[eE/][-+]?)?[0-9]|\^|_?\{|(?:\\[!,;: ]|~)(?:\\[!,;: ]|[~ ])*[0-9]|'
+                    r'\\(?!(?:text|mathrm)[a-z]*\{[^{}0-9]*\} ?(?![0-9]))[A-Za-z]))(?: ?%)?')
 DIGITS = re.compile(r'(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)?(?:\.[0-9]+)?')
 MINUS = str.maketrans('\u2212\u2013', '--')  # the minus sign and the en dash
+# LaTeX: 1{,}800 and 1,\!800; 12\,000; \frac{a}{b}, also after a whole number, but with no other digits beside it
+COMMA = re.compile(r'(?:\\!)?(?:\{,\}|(?<!\\),)(?:\\!)?')
+THOUSANDS = re.compile(r'(?<![0-9.,])[0-9]{1,3}(?:\\,[0-9]{3})+(?![0-9])')
+FRACTION = re.compile(r'(?:(?<![0-9.,])(?:([0-9]{1,64})(?:\\[!,;: ]|[~ ])*)?|(?<=(,)))\\[cdt]?frac ?'
+                      r'(?:\{ ?(-?[0-9][0-9.,]{0,63}) ?\}|([0-9])) ?(?:\{ ?([0-9][0-9.,]{0,63}) ?\}|([0-9]))(?![.,]?[0-9])')
 
 
 def number_text(x):
@@ -186,18 +194,41 @@ def _number(text, whole):
     return number_text((-top if '-' in sign else top) / bottom)
 
 
-def _boxed(text):
+def _fraction(m):
+    r"""A match of FRACTION as a/b: \frac{4}{5} -> 4/5, 1\frac{4}{5} -> 9/5; as it was where it is neither: 1\frac{5}{4}."""
+    whole, comma, top, bottom = m[1], m[2], m[3] or m[4], m[5] or m[6]
+    if whole is None:
+        return f'{" " if comma else ""}{top}/{bottom}'  # (3,\frac{1}{2}) is a list
+    proper = top.isdigit() and bottom.isdigit() and int(top) < int(bottom)
+    return f'{int(whole) * int(bottom) + int(top)}/{bottom}' if proper else m[0]
+
+
+def _plain(text):
+    """LaTeX's notation of numbers, spelled plainly. Digits are joined only where it says that they are one number."""
+    text = COMMA.sub(',', re.sub(r'\\([$%])', r'\1', text.translate(MINUS)))
+    return FRACTION.sub(_fraction, THOUSANDS.sub(lambda m: m[0].replace('\\,', ''), text))
+
+
+def _boxed(given):
     r"""What \boxed{} holds, normalised: a number's one spelling, else the text without its white space."""
-    text = re.sub(r'\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}', r'\1/\2', text)
-    text = re.sub(r'\s|\\[!,;]|\\(?=[$%])', '', text).translate(MINUS)
-    return _number(text, whole=True) or text or None
+    text = re.sub(r'\s|\\[!,;: ]|~', ' ', _plain(re.sub(r'\s+', ' ', given)))
+    text = re.sub(r'^ *\\(?:text|mathrm|mathbf)[a-z]*\{([^{}]*)\} *$', r'\1', text)
+    text = re.sub(' ?/ ?', '/', ' '.join(text.split()))
+    number = _number(text, whole=True)
+    if number is not None:
+        return number
+    joined = re.sub(r'(?<![0-9.]) | (?![0-9.])', '', text)  # 1 2 is not 12 ...
+    if joined != text and _boxed(joined) == joined:         # ... nor 1, 234 a number
+        return joined
+    return text or None if text == given else _boxed(text)  # what is normalised stays as it is
 
 
 def extract_answer(text):
     r"""
     The final answer of a solution as a string with one spelling a value ('18.0', '018' and '18' are '18'), or None.
     The last "####" of the text decides, alone: a number must follow it on its line. Only where there is no "####" does the
-    last \boxed{...} count, with a number or any other text in it. Linear in the text's length.
+    last \boxed{...} count: a number in the same notations, and \boxed{\text{18}} and \boxed{1 / 2} too, or any other text, such
+    as \boxed{1 2}, \boxed{1, 234} and \boxed{1 1/2}: what stands apart is never joined to a number. Linear in the text's length.
 
     after ####                                      answer    why
     18  ####18  18.0  18.  018  +18  $18            18        one value, one spelling
@@ -208,8 +239,11 @@ def extract_answer(text):
     17 ... ####    18 ... ####.                     None      even where it has nothing to say
     -18  \u221218  - 18  -$18  $-18                 -18       \u2212 is the unicode minus; so for the en dash
     1,800  1,800.00                                 1800      thousands commas in their places
-    1,2,3  18,00  1.800,50  1.2.3                   None      which number is meant is a guess
-    1/2  .5                                         0.5       a fraction is a number: 3/4 is not a right answer to 3
+    1{,}800  1,\!800  1\,800  \$1{,}800             1800      so LaTeX writes them
+    1,2,3  18,00  1.800,50  1.2.3  3\,4  3\ 4       None      which number is meant is a guess
+    1\frac{4}{5}  1\frac45  1 \frac{4}{5}           1.8       a whole number and a proper fraction; 1\frac{5}{4} is None
+    9^2  9{.}5  2\sqrt{3}  \frac{9}{2}5             None      the number goes on, as no number that is read here
+    1/2  .5  \frac{1}{2}  \frac12                   0.5       a fraction is a number: 3/4 is not a right answer to 3
     1/3                                             1/3       compared exactly
     1/0  1e5  --18  1/2/3                           None
     .   ,   (nothing)   eighteen   **18**   x = 18  None      the number follows the marker, in digits
@@ -217,9 +251,9 @@ def extract_answer(text):
     65 digits or more                               None
     """
     if '####' in text:
-        line = ' '.join(text[text.rindex('####') + 4:].split('\n', 1)[0].split())
+        line = _plain(' '.join(text[text.rindex('####') + 4:].split('\n', 1)[0].split()))
         # any sign and number fit into 4 * MAX_NUMBER, where the regular expression has no room to backtrack for long
-        return _number(line[:4 * MAX_NUMBER].translate(MINUS), whole=False)
+        return _number(line[:4 * MAX_NUMBER], whole=False)
     start = text.rfind('\\boxed{')
     if start < 0:
         return None
