@@ -23,7 +23,6 @@ $ python eval.py --compare out/demo_sft out/demo_ei               # one table, a
 import json
 import os
 import sys
-from collections import Counter
 from math import comb
 
 import numpy as np
@@ -70,14 +69,9 @@ def pass_at_k(n, c, k):
 
 def maj_at_k(answers, correct):
     """Whether the answer most samples gave is right: 1.0 or 0.0. answers: strings in normal form, or None for a sample
-    without one, which has no vote. correct: whether each answer is right, or the right answer itself. Of answers with equal
-    votes the one given first wins."""
-    if isinstance(correct, str):
-        correct = [a == correct for a in answers]
-    votes = Counter(a for a in answers if a is not None)  # most_common keeps the order of first appearance among equals
-    if not votes:
-        return 0.0
-    return float(correct[answers.index(votes.most_common(1)[0][0])])
+    without one, which has no vote. correct: whether each sample is right, or the right answer itself: an answer is right if any
+    sample that gave it is. Of answers with equal votes the one given first wins."""
+    return weighted_at_k(answers, [1] * len(answers), correct)
 
 
 def rerank_at_k(scores, correct):
@@ -91,7 +85,8 @@ def weighted_at_k(answers, scores, correct):
     for a, s in zip(answers, scores):
         if a is not None:
             total[a] = total.get(a, 0.0) + s
-    return float(correct[answers.index(max(total, key=total.get))]) if total else 0.0
+    right = {correct} if isinstance(correct, str) else {a for a, c in zip(answers, correct) if c}
+    return float(max(total, key=total.get) in right) if total else 0.0  # max keeps the order of first appearance among equals
 
 
 def unique_equations(samples):
@@ -103,13 +98,13 @@ def unique_equations(samples):
 # records
 
 def judge(sample, problem, tokenizer, stop=()):
-    """A sample's record: its text, its answer, whether that is right. One that did not finish is wrong whatever it says:
-    the budget may have ended within a number."""
+    """A sample's record: its text, its answer, whether that is right. One that did not finish has no answer and is wrong,
+    whatever it says: the budget may have ended within a number."""
     text = tokenizer.decode(sample.ids)
     for s in stop:
         text = text.split(s)[0]
-    return {'text': text, 'answer': rewards.extract_answer(text), 'tokens': len(sample.ids), 'finished': sample.finished,
-            'correct': sample.finished and rewards.is_correct(text, problem.answer)}
+    return {'text': text, 'answer': rewards.extract_answer(text) if sample.finished else None, 'tokens': len(sample.ids),
+            'finished': sample.finished, 'correct': sample.finished and rewards.is_correct(text, problem.answer)}
 
 
 def overlap(before, after):
@@ -166,7 +161,7 @@ def explore(sampler, problems, path, k, max_new_tokens, temperature, seed, desc,
 def with_scores(records, scores):
     """Adds each sample's score to its record: the reward model's of its last token; 0 where the sample has no say, since it did
     not finish or has no answer, so that it never wins."""
-    return [record | {'score': s[-1].item() if record['finished'] and record['answer'] is not None else 0.0}
+    return [record | {'score': s[-1].item() if record['finished'] and record['answer'] is not None and len(s) else 0.0}
             for record, s in zip(records, scores)]
 
 
@@ -191,13 +186,13 @@ def summarize(records):
     K = len(records[0]['samples'])
     if K:
         correct = [[s['correct'] for s in r['samples']] for r in records]
+        answers = [[s['answer'] if s['finished'] else None for s in r['samples']] for r in records]  # older records have one then
         if K > 1:  # maj@1 is the greedy sample's
-            values[f'maj@{K}'] = [maj_at_k([s['answer'] for s in r['samples']], c) for r, c in zip(records, correct)]
+            values[f'maj@{K}'] = [maj_at_k(a, c) for a, c in zip(answers, correct)]
         if all('score' in s for r in records for s in r['samples']):
             scores = [[s['score'] for s in r['samples']] for r in records]
             values[f'rerank@{K}'] = [rerank_at_k(s, c) for s, c in zip(scores, correct)]
-            values[f'weighted@{K}'] = [weighted_at_k([s['answer'] for s in r['samples']], w, c)
-                                       for r, w, c in zip(records, scores, correct)]
+            values[f'weighted@{K}'] = [weighted_at_k(a, w, c) for a, w, c in zip(answers, scores, correct)]
         for k in sorted({2 ** i for i in range(K.bit_length()) if 2 ** i <= K} | {K}):
             values[f'pass@{k}'] = [pass_at_k(K, sum(c), k) for c in correct]
         values['unsolved'] = [float(not any(c)) for c in correct]
@@ -265,8 +260,10 @@ def compare(folders):
     print(markdown_table(summaries))
     first, last = folders[0], folders[-1]
     for t in sorted({t for _, t in records}):
-        before = {r['question']: r for r in records.get((first, t), [])}
-        both = {f: [(before[r['question']], r) for r in records.get((f, t), []) if r['question'] in before] for f in folders[1:]}
+        def problem(r):  # two problems may have one question
+            return r.get('index'), r['question'], r['answer']
+        before = {problem(r): r for r in records.get((first, t), [])}
+        both = {f: [(before[problem(r)], r) for r in records.get((f, t), []) if problem(r) in before] for f in folders[1:]}
         for folder, pairs in both.items():
             if pairs and all(r['samples'] for pair in pairs for r in pair):
                 print(f'\n{t}, {folder}: ' + explored(first, pairs))
@@ -317,7 +314,8 @@ if __name__ == '__main__':
     if condition not in ('good', 'bad', 'none') or few_shot < 0:
         raise UserError(f"condition is 'good', 'bad' or 'none', not {condition!r}, and few_shot 0 or more")
     examples = rewards.load_problems(task, 'val')[:few_shot] if few_shot else []
-    problems = rewards.load_problems(task, split)[len(examples) if split == 'val' else 0:][:n_problems or None]
+    n_before = len(examples) if split == 'val' else 0
+    problems = rewards.load_problems(task, split)[n_before:][:n_problems or None]
     stop = (rewards.NEXT_QUESTION,) if few_shot else ()
     folder = find_checkpoint(init_from)
     tok = load_tokenizer(folder)
@@ -345,7 +343,7 @@ if __name__ == '__main__':
             raise UserError(f'{records_file} holds an evaluation with other settings ({", ".join(changed)}); --overwrite replaces it')
         records = []
     sampler = Sampler(Transformer.from_pretrained(folder, device, dtype), tok, max_rows, dtype, condition or 'none')
-    reward_model = rewards.load_reward_model(scorer, tok, device, dtype) if scorer else None
+    reward_model = rewards.load_reward_model(scorer, sampler.model.config, tok, device, dtype) if scorer else None
     every_prompt = [tok.encode_prompt(rewards.prompt(p.question, examples)) for p in problems]
     refuse_too_long(sampler, every_prompt, max_new_tokens)
     os.makedirs(out_dir, exist_ok=True)
@@ -369,7 +367,7 @@ if __name__ == '__main__':
                         Example(s.prompt_ids + s.ids, len(s.prompt_ids)) for j, (s, record) in enumerate(zip(drawn, judged))]
                 judged = with_scores(judged, rewards.score(reward_model, rows, micro_tokens, dtype))
             for j, p in enumerate(todo):
-                record = {'index': i + j, 'question': p.question, 'answer': p.answer,
+                record = {'index': n_before + i + j, 'question': p.question, 'answer': p.answer,
                           'greedy': judge(greedy[j], p, tok, stop), 'samples': judged[j * k:(j + 1) * k]}
                 f.write(json.dumps(record) + '\n')
                 records.append(record)

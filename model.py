@@ -547,6 +547,7 @@ class Transformer(nn.Module):
 
     def add_value_head(self):
         """A scalar per token beside the logits, which it leaves unchanged; zero at first, so that it predicts 0."""
+        self.head_kind = 'value'  # what it was trained for: 'value', 'orm' or 'prm'; its file says so ('': an old one)
         self.value_head = nn.Linear(self.config.n_embd, 1, device=self.embed.weight.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -758,7 +759,11 @@ class Transformer(nn.Module):
         left = [name for name in tensors if not name.endswith(ignorable)]
         if left:
             raise UserError(f'{folder}: weights that a {config.family} model has no place for: {", ".join(left[:3])}')
-        saved_head = load_file(value_file) if os.path.exists(value_file) else {}
+        saved_head = {}
+        if os.path.exists(value_file):
+            saved_head = load_file(value_file)
+            with safe_open(value_file, framework='pt') as f:
+                model.head_kind = (f.metadata() or {}).get('kind', '')
         for name, p in model.named_parameters():
             if name.startswith('value_head'):
                 fill(p, saved_head.get(name.removeprefix('value_head.'), torch.zeros(p.shape)))
@@ -804,7 +809,7 @@ class Transformer(nn.Module):
             os.makedirs(tmp)
             save_file(tensors, os.path.join(tmp, 'model.safetensors'), metadata={'format': 'pt'})
             if head:  # in a file of its own: AutoModelForCausalLM knows no such weight
-                save_file(head, os.path.join(tmp, 'value_head.safetensors'))
+                save_file(head, os.path.join(tmp, 'value_head.safetensors'), metadata={'kind': self.head_kind})
             if adapters:
                 parts = {f'{name}.{part}': x.cpu() for name, pair in adapters.items() for part, x in zip(('fixed_a', 'fixed_b'), pair)}
                 save_file(parts, os.path.join(tmp, 'adapter.safetensors'))

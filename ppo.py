@@ -57,8 +57,8 @@ alpha = 1.0               # weight of what stands beside the sparse reward
 reward_right = 1.0        # the sparse reward of the right answer; 0: learn from the reward model alone
 reward_wrong = 0.0        # of a wrong one, or none
 reward_truncated = 0.0    # of a solution that the budget cut short
-refine = 'none'           # of 'prm': 'none', 'clip', 'delta' or 'clip_delta' (Gao et al. 2024)
-eta = 0.5                 # Clip's threshold on the PRM's scores
+refine = 'none'           # of 'prm' and 'orm_dense': 'none', 'clip', 'delta' or 'clip_delta' (Gao et al. 2024)
+eta = 0.5                 # Clip's threshold on the scores
 eta_quantile = 0.0        # above 0: eta is this quantile of the scores of the first policy's steps on the validation slice
 kl_coef = 0.05            # paper: 0.05
 kl_target = 0.0           # nats a solution; above 0 the coefficient adapts until the KL is there (Ziegler et al. 2019)
@@ -290,8 +290,11 @@ if __name__ == '__main__':
         raise UserError("advantage = 'group' compares a question's samples: n_per_question must be at least 2")
     if learned != bool(reward_model):
         raise UserError(f'reward = {reward!r} needs a reward_model' if learned else f'reward = {reward!r} has no use for reward_model')
-    if reward != 'prm' and (refine != 'none' or eta_quantile):
-        raise UserError("refine and eta_quantile are for reward = 'prm'")
+    if reward not in ('prm', 'orm_dense') and (refine != 'none' or eta_quantile):
+        raise UserError("refine and eta_quantile are for reward = 'prm' or 'orm_dense'")
+    if reward_truncated > reward_wrong or alpha < 0:
+        raise UserError(f'reward_truncated = {reward_truncated} must not be above reward_wrong = {reward_wrong}, nor alpha below 0: '
+                        f'else running to the budget would pay')
     if not (0 <= backtrack <= 1 and 0 <= replay < 1 and 0 <= eta_quantile <= 1 and 0 < replay_beta and 0 <= replay_staleness <= 1):
         raise UserError('backtrack, eta_quantile and replay_staleness are from 0 to 1, replay from 0 to below 1, replay_beta above 0')
     policy_from = read_run(out_dir)['init_from'] if resume else init_from
@@ -304,9 +307,11 @@ if __name__ == '__main__':
         reference = Transformer.from_pretrained(ref or policy_from, device, dtype, shard=policy.shard, product_dtype=dtype).requires_grad_(False)
     if ref:
         check_same_tokenizer(load_tokenizer(ref, conditioned=False), tok, f'ref = {ref} and {policy_from}')
+        rewards.check_context(reference.config, policy.config, f'ref = {ref}')
     if critic_from:
         check_same_tokenizer(load_tokenizer(critic_from, conditioned=False), tok, f'critic_from = {critic_from} and {policy_from}')
-    scorer = rewards.load_reward_model(reward_model, tok, device, dtype, policy.shard) if learned else None
+    kinds = ('prm',) if reward == 'prm' else ('orm',)
+    scorer = rewards.load_reward_model(reward_model, policy.config, tok, device, dtype, policy.shard, kinds) if learned else None
     problems = rewards.load_problems(task, 'train')
     if not 0 <= n_questions <= len(problems):
         raise UserError(f'n_questions is from 0 (all) to {len(problems)}, the rows of {task} to train on')
@@ -322,6 +327,8 @@ if __name__ == '__main__':
     if len(fits) < len(problems):
         print(f'left out: {len(problems) - len(fits)} of {len(problems)} questions, with a prompt longer than {room} tokens')
     problems, longest = fits, max(len(tok.encode_prompt(rewards.prompt(p.question, demonstrations))) for p in fits)
+    if reward == 'dense':
+        print(f'{rewards.without_equation(problems):,} of {len(problems):,} references have no equation: no step earns anything there')
 
     # the value function: a head that starts at zero on the policy's trunk, or a transformer that starts as the policy
     value_model = policy
@@ -330,7 +337,9 @@ if __name__ == '__main__':
     elif critic == 'separate':
         value_model = Transformer.from_pretrained(critic_from or policy_from, device, dtype if lora_rank else torch.float32, value_head=True,
                                                   **learning | {'shard': policy.shard})
+        rewards.check_context(value_model.config, policy.config, f'critic_from = {critic_from}')
     if value_model is not None:
+        value_model.head_kind = 'value'
         for p in value_model.value_head.parameters():  # whatever it was trained for before
             p.detach().zero_()
     separate = value_model not in (None, policy)
@@ -397,9 +406,9 @@ if __name__ == '__main__':
         found = answer(sampler(), [rewards.prompt(p.question) for p in val_problems], n_per_question, max_new_tokens, temperature,
                        seed=seed)
         scores = rewards.score(scorer, [Example(s.prompt_ids + s.ids, len(s.prompt_ids)) for s in found], micro_tokens, dtype)
-        at_ends = torch.cat([x[[end for end, _ in rewards.step_lines(s.ids, tok)]] for s, x in zip(found, scores)])
-        state['eta'] = at_ends.quantile(eta_quantile).item()
-        print(f'eta = {state["eta"]:.4f}, the {eta_quantile} quantile of the scores of {len(at_ends):,} steps')
+        lines = [rewards.step_lines(s.ids, tok) for s in found]
+        state['eta'] = rewards.score_quantile(lines, scores, eta_quantile)
+        print(f'eta = {state["eta"]:.4f}, the {eta_quantile} quantile of the scores of steps before the last')
     if not state['iteration']:
         validate()
 
@@ -437,7 +446,7 @@ if __name__ == '__main__':
         shaped = {'sparse': lambda: torch.zeros_like(outcome),
                   'dense': lambda: rewards.dense_rewards(responses),
                   'orm': lambda: rewards.orm_rewards(responses, scores),
-                  'orm_dense': lambda: rewards.orm_dense_rewards(responses, scores),
+                  'orm_dense': lambda: rewards.orm_dense_rewards(responses, scores, refine, state['eta']),
                   'prm': lambda: rewards.prm_rewards(responses, scores, refine, state['eta'])}[reward]()
         task_reward = (outcome + alpha * shaped).to(device)                                    # (B, T)
 

@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 
 from config import Log, UserError, bar, leave, listen_for_stop, override, read_rows, read_run, resuming, start_run
-from model import (Checkpoints, Transformer, asked_to_stop, autocast, backward, enough_memory, find_checkpoint, finish_gradients, from_all,
-                   from_main, learning_rate, make_optimizer, memory_needed, rank, setup, sum_over_processes, world_size)
+from model import (Checkpoints, Transformer, asked_to_stop, autocast, backward, config_from_hf, enough_memory, find_checkpoint,
+                   finish_gradients, from_all, from_main, learning_rate, make_optimizer, memory_needed, rank, read_json, setup,
+                   sum_over_processes, world_size)
 from sample import Sampler, answer, check_same_tokenizer, collate, epoch_order, load_tokenizer, my_micro_batches, real_cells
 
 # -----------------------------------------------------------------------------
@@ -318,6 +319,11 @@ def results(solution):
     return [_number(e.rpartition('=')[2], whole=True) for e in equations(solution)]
 
 
+def without_equation(problems):
+    """How many of the problems' solutions have no equation, so that the dense heuristic pays none of their steps."""
+    return sum(not equations(p.solution) for p in problems)
+
+
 def evaluate(expression):
     """'(12+3)*2' -> Fraction(30), by + - * / // and brackets alone; anything else: ValueError or SyntaxError."""
     if len(expression) > 200 or not re.fullmatch(r'[-+*/().0-9\s]+', expression):
@@ -409,28 +415,42 @@ def sparse_rewards(responses, right=1.0, wrong=0.0, truncated=0.0):
 
 
 def dense_rewards(responses):
-    """The heuristic of Havrilla et al. 2024: a step whose result is the next still unmatched result of the reference solution
-    earns 1 / (number of reference results), on its last token. So a solution earns 1 at most, however often it repeats."""
+    """The heuristic of Havrilla et al. 2024: a step whose result equals one of the reference solution's results that are still
+    ahead earns 1 / (number of reference results), on its last token. The first such result is the one that it meets: those
+    before it count as passed, skipped or merged into this step, and earn nothing any more. So each result is met at most once,
+    a solution earns 1 at most, and a step that repeats another or leads elsewhere earns nothing."""
     values = []
     for r in responses:
-        wanted, matched, earned = results(r.problem.solution), len(results(r.prefix)), []
+        wanted, earned = results(r.problem.solution), []
+        ahead = wanted[len(results(r.prefix)):]
         for _, line in r.lines:
-            before = matched
+            earned.append(0.0)
             for result in results(line):
-                matched += matched < len(wanted) and result == wanted[matched]
-            earned.append((matched - before) / max(1, len(wanted)))
+                if result is not None and result in ahead:
+                    ahead = ahead[ahead.index(result) + 1:]
+                    earned[-1] += 1 / len(wanted)
         values.append(earned)
     return at_positions(responses, [step_ends(r) for r in responses], values)
 
 
+def step_scores(response, scores):
+    """(K,) a learned model's scores of its K steps. scores: (n,), one an action. A last step that the budget cut off counts 0."""
+    found = scores[step_ends(response)]
+    if not response.finished:
+        found[-1] = 0.0
+    return found
+
+
 def orm_rewards(responses, scores):
-    """The ORM's score of the whole solution, on the last action. scores: for each response (n,), one score an action."""
-    return at_positions(responses, [[len(r.ids) - 1] for r in responses], [s[-1:] for s in scores])
+    """The ORM's score of the whole solution, on the last action; 0 for one that the budget cut off. scores: for each response
+    (n,), one score an action."""
+    values = [step_scores(r, s)[-1:] for r, s in zip(responses, scores)]
+    return at_positions(responses, [[len(r.ids) - 1] for r in responses], values)
 
 
-def orm_dense_rewards(responses, scores):
-    """The ORM's score of the solution so far, at the end of every step. Unbounded: more steps earn more."""
-    return prm_rewards(responses, scores, 'none')
+def orm_dense_rewards(responses, scores, refine='none', eta=0.0):
+    """The ORM's score of the solution so far, at the end of every step: raw or refined, as in prm_rewards."""
+    return prm_rewards(responses, scores, refine, eta)
 
 
 def clip_rewards(r, eta):
@@ -453,28 +473,53 @@ REFINEMENTS = {'none': lambda r, eta: r, 'clip': clip_rewards, 'delta': lambda r
 
 def prm_rewards(responses, scores, refine='none', eta=0.0):
     """The PRM's score of each step on the step's last token: raw (unbounded: repeating good steps pays), or refined by 'clip',
-    'delta' or 'clip_delta' (Gao et al. 2024). scores: for each response (n,), one score an action."""
-    values = [REFINEMENTS[refine](s[step_ends(r)], eta) for r, s in zip(responses, scores)]
+    'delta' or 'clip_delta' (Gao et al. 2024). scores: for each response (n,), one score an action.
+
+    No step of a solution that the budget cut off earns more than 0 (ours). So each of its steps earns at most what it would
+    in the same solution, finished, whatever a finished last step is scored; hence so does the return from every step on."""
+    values = [REFINEMENTS[refine](step_scores(r, s), eta) for r, s in zip(responses, scores)]
+    values = [v if r.finished else v.clamp(max=0) for r, v in zip(responses, values)]
     return at_positions(responses, [step_ends(r) for r in responses], values)
+
+
+def score_quantile(lines, scores, q):
+    """The q-quantile of the scores of steps that do not end their solution, as Clip's eta: Delta pays nothing for the last step,
+    which holds the answer. lines: step_lines of each solution, also of an empty one; scores: for each (n,). UserError if none."""
+    found = torch.cat([torch.zeros(0)] + [s[[end for end, _ in row[:-1]]] for row, s in zip(lines, scores)])
+    if not len(found):
+        raise UserError('eta_quantile: no sampled solution has a step before its last; set eta')
+    return found.quantile(q).item()
 
 
 # ---- Reward models ----
 
-def load_reward_model(path, tokenizer, device, dtype=torch.float32, shard='none'):
-    """A trained ORM or PRM, without gradients. UserError if it has no scalar head, or was made for another tokenizer."""
+def check_context(config, policy, name):
+    """UserError if a model reads fewer tokens than the policy writes. config, policy: their ModelConfigs."""
+    if config.block_size < policy.block_size:
+        raise UserError(f'{name} has a context of {config.block_size} tokens, shorter than the policy\'s {policy.block_size}')
+
+
+def load_reward_model(path, policy, tokenizer, device, dtype=torch.float32, shard='none', kinds=('orm', 'prm')):
+    """A trained reward model of one of the kinds, without gradients. UserError if it has no scalar head or one of another kind,
+    was made for another tokenizer, or has a shorter context than the policy (its ModelConfig)."""
     check_same_tokenizer(load_tokenizer(path), tokenizer, f'the reward model {path} and the policy')
     model = Transformer.from_pretrained(path, device, dtype, shard=shard, product_dtype=dtype)
     if model.value_head is None:
         raise UserError(f'{path} is no reward model: it has no scalar head (python rewards.py config/demo_orm.py trains one)')
+    if model.head_kind not in kinds:
+        raise UserError(f'the scalar head of {path} is of kind {model.head_kind or "unknown, an old file"}, not {" or ".join(kinds)}')
+    check_context(model.config, policy, f'the reward model {path}')
     return model.requires_grad_(False)
 
 
 @torch.no_grad()
 def score(model, examples, max_tokens, dtype=torch.float32):
     """For each example (ids, n_prompt) the probability that the reward model gives to every prefix of what follows the
-    prompt: a list of (n,) fp32 on the CPU, n = len(ids) - n_prompt, the t-th one having read the t-th token."""
+    prompt: a list of (n,) fp32 on the CPU, n = len(ids) - n_prompt, the t-th one having read the t-th token. A row that is
+    longer than the model's context has scores of 0."""
     scores = {}
-    for micro, weight in my_micro_batches(range(len(examples)), max_tokens, lambda i: len(examples[i].ids)):
+    fits = [i for i, e in enumerate(examples) if e.n_prompt < len(e.ids) <= model.config.block_size]
+    for micro, weight in my_micro_batches(fits, max_tokens, lambda i: len(examples[i].ids)):
         ids, actions = collate([examples[i] for i in micro], model.embed.weight.device, model.config.block_size)
         cells = real_cells([len(examples[i].ids) for i in micro], ids.shape[1], ids.device)
         with autocast(ids.device, dtype):
@@ -482,7 +527,7 @@ def score(model, examples, max_tokens, dtype=torch.float32):
         for i, s in zip(micro, p.split([len(examples[i].ids) - examples[i].n_prompt for i in micro])):
             scores[i] = s
     scores = {i: s for part in from_all(scores) for i, s in part.items()}
-    return [scores[i] for i in range(len(examples))]
+    return [scores[i] if i in scores else torch.zeros(len(e.ids) - e.n_prompt) for i, e in enumerate(examples)]
 
 
 def values_at(model, ids, at, cells=None):
@@ -620,7 +665,8 @@ if __name__ == '__main__':
             good = sum(annotation_is_right(e) for row in found for e in row)
             print(f'{split}: {len(problems):,} problems, {right:,} of their own answers earn reward 1; '
                   f'{sum(len(steps(p.solution)) for p in problems) / len(problems):.2f} steps a solution; '
-                  f'annotations: {good:,} right, {sum(map(len, found)) - good:,} wrong, {found.count([]):,} solutions without')
+                  f'annotations: {good:,} right, {sum(map(len, found)) - good:,} wrong, {found.count([]):,} solutions without; '
+                  f'{without_equation(problems):,} references without an equation')
         raise SystemExit
 
     # 0. everything that can be wrong with the input, before anything is written
@@ -640,7 +686,8 @@ if __name__ == '__main__':
     tok = load_tokenizer(policy_from, conditioned=False)
     sampler = Sampler(Transformer.from_pretrained(policy_from, device, dtype), tok, max_rows, dtype)
     if base:
-        find_checkpoint(base)
+        base_config = config_from_hf(read_json(os.path.join(find_checkpoint(base), 'config.json')), base)
+        check_context(base_config, sampler.model.config, f'base = {base}')
         check_same_tokenizer(load_tokenizer(base, conditioned=False), tok, f'{base} and {policy_from}')
     if samples and not (os.path.isfile(samples) and all(len(row['samples']) == k for row in read_rows(samples))):
         raise UserError(f'samples = {samples!r} is no file with k = {k} solutions of each question')
@@ -690,7 +737,11 @@ if __name__ == '__main__':
         return rows
 
     # 1. samples and their labels
-    rows, val_rows = label(problems, 'train'), label(val_problems, 'val')
+    rows, val_rows, context = label(problems, 'train'), label(val_problems, 'val'), sampler.model.config.block_size
+    too_long = sum(len(row.ids) > context for row in rows)
+    if too_long:  # in a given file of samples
+        print(f'left out: {too_long} of {len(rows)} solutions, longer than the context of {context}')
+        rows = [row for row in rows if len(row.ids) <= context]
     known = [x for row in rows for x in row.labels if not math.isnan(x)]
     if len(rows) < batch_size or not val_rows or len(set(known)) < 2:
         raise UserError(f'{len(rows)} solutions to learn from, {len(val_rows)} held out, {len(set(known))} different labels: too few; '
@@ -703,7 +754,7 @@ if __name__ == '__main__':
     del sampler  # and the policy with it: its memory is needed now
     model = Transformer.from_pretrained(base or policy_from, device, dtype if lora_rank else torch.float32, value_head=True,
                                         lora_rank=lora_rank, lora_alpha=lora_alpha, shard=shard, product_dtype=dtype)
-    model.grad_checkpointing = grad_checkpointing
+    model.grad_checkpointing, model.head_kind = grad_checkpointing, kind
     print(memory_needed([model], dtype, micro_tokens, max(len(row.ids) for row in rows)))
     fit(model, rows, steps, log, batch_size=batch_size, micro_tokens=micro_tokens, lr=lr, min_lr=min_lr, warmup=warmup,
         weight_decay=weight_decay, grad_clip=grad_clip, seed=seed, dtype=dtype, out_dir=out_dir, save_interval=save_interval, resume=resume)

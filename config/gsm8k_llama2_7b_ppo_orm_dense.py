@@ -1,4 +1,5 @@
-# gsm8k_llama2_7b_ppo_sparse with the ORM's score at the end of every step as the reward.
+# gsm8k_llama2_7b_ppo_sparse with the ORM's score at the end of every step beside the sparse reward, clipped and then
+# as a difference (Gao et al. 2024; ours): raw sums of scores are paid for needless steps.
 # $ torchrun --nproc_per_node=8 rewards.py config/gsm8k_llama2_7b_orm.py && torchrun --nproc_per_node=8 ppo.py config/gsm8k_llama2_7b_ppo_orm_dense.py
 # Hardware: as for gsm8k_llama2_7b_ppo_sparse, and 12.6 GiB of a GPU for the reward model in bf16: 65.7.
 # Not run. The paper's maj@1, maj@96, rerank@96, pass@96: 0.46, 0.52, 0.59, 0.76 (as recalled).
@@ -7,5 +8,5 @@ from config.gsm8k_llama2_7b_ppo_sparse import *
 out_dir = 'out/gsm8k_llama2_7b_ppo_orm_dense'
 reward = 'orm_dense'
 reward_model = 'out/gsm8k_llama2_7b_orm'
-reward_right = 0.0          # the score alone, as in Havrilla et al. 2024 (ours: whether it stood alone there is not said)
-alpha = 0.25                # a solution has about four steps, and each is paid
+refine = 'clip_delta'
+eta_quantile = 0.4          # the better 60% of steps get 0

@@ -3,6 +3,8 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -60,33 +62,65 @@ TABLE = [
     (r'\boxed{(1, 2)}', '(1,2)'), (r'\boxed{18 apples}', '18apples'), (r'\boxed{18', None), (r'\boxed{}', None),
     (r'\boxed{' + 'x' * 300 + '}', None), (r'#### 17 \boxed{18}', '17'), (r'\boxed{18} ####', None), (r'#### \boxed{18}', None),
 ]
+# in LaTeX's notation: text, answer after ####, answer within \boxed{}
+LATEX = [
+    (r'9{,}500', '9500', '9500'), (r'\$12{,}000', '12000', '12000'), (r'12\,000', '12000', '12000'), (r'9\,500.50', '9500.5', '9500.5'),
+    (r'12,\!000', '12000', '12000'), (r'12{,}\!000', '12000', '12000'), (r'1\,234\,567', '1234567', '1234567'), (r'-9{,}500', '-9500', '-9500'),
+    (r'50\%', '50', '50'), ('50 %', '50', '50'), (r'\$ 18', '18', '18'), (r'18\text{ kg}', '18', r'18\text{kg}'), (r'18\,cm', '18', '18cm'),
+    (r'\text{18}', None, '18'), (r'\mathrm{18}', None, '18'), (r'\textbf{1{,}800}', None, '1800'), (r'\text{Monday}', None, 'Monday'),
+    # fractions and mixed numbers
+    (r'\frac{1}{2}', '0.5', '0.5'), (r'\frac12', '0.5', '0.5'), (r'\frac 1 2', '0.5', '0.5'), (r'\dfrac{14}{5}', '2.8', '2.8'),
+    (r'-\frac{1}{2}', '-0.5', '-0.5'), (r'\frac{-1}{2}', '-0.5', '-0.5'), (r'\frac{1{,}000}{8}', '125', '125'), (r'\frac{1.5}{2}', '0.75', '0.75'),
+    (r'1\frac{4}{5}', '1.8', '1.8'), (r'1\frac45', '1.8', '1.8'), (r'-1\frac{4}{5}', '-1.8', '-1.8'), (r'2 \frac{1}{2}', '2.5', '2.5'),
+    (r'2\,\frac{1}{2}', '2.5', '2.5'), (r'\frac{1}{3}', '1/3', '1/3'), (r'\frac{1}{0}', None, '1/0'), ('1 / 2', '1', '0.5'),
+    # nothing that was joined is a number, nor is what a number goes on after
+    (r'3\ 4', None, '3 4'), (r'3\,4', None, '3 4'), (r'3\!4', None, '3 4'), ('1 2', '1', '1 2'), ('1, 234', '1', '1, 234'), ('1 1/2', '1', '1 1/2'),
+    (r'12\,000\,5', None, '12000 5'), (r'1{,}2', None, '1,2'), (r'9{.}5', None, '9{.}5'), (r'1\text{2}', None, r'1\text{2}'),
+    (r'1\text{}2', None, r'1\text{}2'), (r'1\frac{5}{4}', None, r'1\frac{5}{4}'), (r'1.5\frac12', None, r'1.5\frac12'), (r'\frac456', None, r'\frac456'),
+    (r'\frac{4}{5}6', None, r'\frac{4}{5}6'), (r'1,\frac{234}{5}', '1', '1, 234/5'), (r'(1,\frac{2}{4})', None, '(1,2/4)'),
+    ('9^2', None, '9^2'), (r'2\sqrt{3}', None, r'2\sqrt{3}'), (r'000\,\!500', None, '000 500'), (r'1\text{1{,}000}', None, r'1\text{1,000}'),
+]
+TABLE += [('#### ' + text, after) for text, after, _ in LATEX] + [(rf'\boxed{{{text}}}', within) for text, _, within in LATEX]
 
 
-@pytest.mark.parametrize('text, answer', TABLE, ids=[repr(text)[:40] for text, _ in TABLE])
-def test_extract_answer(text, answer):
-    assert extract_answer(text) == answer
+def test_extract_answer():
+    for text, answer in TABLE:
+        assert extract_answer(text) == answer, text
+    for text, _, within in LATEX:  # as a reference too
+        assert within is None or is_correct(rf'\boxed{{{text}}}', text), text
 
 
-@pytest.mark.parametrize('answer', sorted({a for _, a in TABLE if a is not None}))
-def test_an_answer_is_its_own_spelling(answer):
-    """What is equal as a number is equal as a string: majority votes count strings."""
-    assert extract_answer(rf'\boxed{{{answer}}}') == answer
+def test_an_answer_is_its_own_spelling():
+    """What is equal as a number is equal as a string: majority votes count strings. And a text stays what it is: it becomes no number
+    when it is read again, as a reference is."""
+    for answer in {a for _, a in TABLE if a is not None}:
+        assert extract_answer(rf'\boxed{{{answer}}}') == answer
+    parts = ['1', '2', '500', '000', '{,}', ',', r'\,', r'\!', r'\ ', ' ', '~', r'\frac', '{4}', '{5}', '{', '}', '-', r'\$', '%', '.', '/',
+             r'\text{', r'\text{}', 'x', r'\ f', 'rac', 'e', '^', '(', ')', '\\']
+    rng = random.Random(0)
+    for _ in range(5000):
+        text = ''.join(rng.choices(parts, k=rng.randint(1, 7)))
+        answer = rewards._boxed(text)
+        assert answer is None or rewards._boxed(answer) == answer, text
+        if 'frac' not in text and re.search(r'[0-9](?:[ ~]|\\[ !]|\\text\{\})+[0-9]', text):
+            assert not re.fullmatch('-?[0-9.]+(/[0-9]+)?', answer), text
 
 
 REPEATED = ['#### ', '####', '#', '#### $ - ', r'\boxed{', '<<', '<<1', '<<1=1', '1+', '1 + ', '1', '1 ', '1.', '1+1=', '1+1=1x',
             '-', '.', 'x', '\n', ' ', ('#### ', '1'), ('#### ', ' '), ('#### ', '-'), ('#### ', '1,'), ('#### ', '1/'),
             ('#### 1', '.'), (r'\boxed{', '{'), ('1', ' '), ('1+', ' '), ('1+1', ' '), ('1+1=', ' '),
-            ('1+1=', '1', 'x'), ('<<1=', '1', '>')]
+            ('1+1=', '1', 'x'), ('<<1=', '1', '>'), ('#### 1', r'\,000'), ('#### ', r'\frac{1'), ('#### 1', r'\, '), ('#### 1', r'\text{'),
+            ('#### ', '1{,}'), ('#### ', r'\frac'), (r'\boxed{', r'\,')]
 
 
-@pytest.mark.parametrize('parts', REPEATED, ids=repr)
-def test_a_million_characters_are_read_once(parts):
+def test_a_long_text_is_read_once():
     """Where an expression backtracked, or a search began again at each character, this would take hours and not milliseconds."""
-    start, unit, end = ('', parts, '') if isinstance(parts, str) else (*parts, '', '')[:3]
-    text = start + unit * (1_000_000 // len(unit)) + end
-    assert extract_answer(text) is None
-    assert not is_correct(text, '18')
-    assert len(equations(text)) < 200_000 and len(steps(text)) <= 1
+    for parts in REPEATED:
+        start, unit, end = ('', parts, '') if isinstance(parts, str) else (*parts, '', '')[:3]
+        text = start + unit * (200_000 // len(unit)) + end
+        assert extract_answer(text) is None, parts
+        assert not is_correct(text, '18')
+        assert len(equations(text)) < 40_000 and len(steps(text)) <= 1
 
 
 def test_is_correct_compares_numbers():
@@ -107,14 +141,11 @@ def test_no_answer_equals_nothing():
     assert not is_correct(r'\boxed{None}', None)
 
 
-@pytest.mark.parametrize('x, text', [(Fraction(18), '18'), (Fraction(-1, 4), '-0.25'), (Fraction(1, 3), '1/3'),
-(Fraction(0), '0'),
-                                     (Fraction(101, 100), '1.01'), (Fraction(-7, 2), '-3.5'),
-                                     (Fraction(1, 2 ** 64), f'0.{5 ** 64:064d}'),
-                                     (Fraction(1, 2 ** 65), f'1/{2 ** 65}')])
-def test_number_text(x, text):
-    assert rewards.number_text(x) == text
-    assert Fraction(text) == x
+def test_number_text():
+    for x, text in [(Fraction(18), '18'), (Fraction(-1, 4), '-0.25'), (Fraction(1, 3), '1/3'), (Fraction(0), '0'), (Fraction(101, 100), '1.01'),
+                    (Fraction(-7, 2), '-3.5'), (Fraction(1, 2 ** 64), f'0.{5 ** 64:064d}'), (Fraction(1, 2 ** 65), f'1/{2 ** 65}')]:
+        assert rewards.number_text(x) == text
+        assert Fraction(text) == x
 
 
 # ---- prompts ----
@@ -139,7 +170,7 @@ def test_steps():
     assert steps('a\n#####5') == ['a']
 
 
-@pytest.mark.parametrize('text, found', [
+EQUATIONS = [
     (SOLUTION, ('3+4=7', '7-2=5')),
     ('2+3=5, then <<5*2=10>>10', ('5*2=10',)),               # annotations only, where there is one
     ('<<1+1=2>>2\n#### 2\n<<9+9=18>>', ('1+1=2',)),          # nothing after the answer
@@ -151,20 +182,21 @@ def test_steps():
     ('3 + 4', ()), ('x = 7', ()), ('7 = 7', ()),
     ('100/5=5A', ()), ('40*2=80p', ()), ('2x*3+1=7', ()), ('3+4=7+1=8', ('3+4=7',)), ('1+1=' + '1' * 21, ()),
     ('x2+3=5', ()), ('1' * 21 + '+1=2', ()), ('3+4==7', ()),
-])
-def test_equations(text, found):
-    assert equations(text) == found
-
-
-@pytest.mark.parametrize('equation, right', [
+]
+ANNOTATIONS = [
     ('3+4=7', True), ('3+4=8', False), ('0.2*50=10', True), ('0.1+0.2=0.3', True), ('2*(3+4)=14', True), ('2*3+4=10', True),
     ('8-3-2=3', True), ('-5+3=-2', True), ('19-(-15)=34', True), ('05+3=8', True), ('7/2=3.5', True), ('7//2=3', True),
     ('10/3=3.33', False), ('1/0=0', False), ('2**3=8', False), ('7=7', True), ('7', False), ('3+4=7=7', False), ('3+x=4', False),
     ('=', False), ('(1=1', False), ('1(2)=2', False),
     ('9' * 150 + '=' + '9' * 150, True), ('1=' + '-' * 5000 + '1', False), ('__import__("os")=1', False),
-])
-def test_annotation_is_right(equation, right):
-    assert rewards.annotation_is_right(equation) is right
+]
+
+
+def test_equations_and_whether_they_are_right():
+    for text, found in EQUATIONS:
+        assert equations(text) == found, text
+    for equation, right in ANNOTATIONS:
+        assert rewards.annotation_is_right(equation) is right, equation
 
 
 # ---- problems ----
@@ -185,12 +217,12 @@ def test_splits(tmp_path):
     assert test[2] == Problem('What is 2+1?', '2+1=<<2+1=3>>3\n#### 3', '3')
 
 
-@pytest.mark.parametrize('n', [0, 1, 255, 256])
-@pytest.mark.parametrize('split', ['train', 'val'])
-def test_a_train_file_that_validation_would_eat_is_refused(tmp_path, n, split):
-    write(tmp_path / 'train.jsonl', good_rows(n))
-    with pytest.raises(UserError, match=f'too few rows, {n}: the last 256'):
-        rewards.load_problems(str(tmp_path), split)
+def test_a_train_file_that_validation_would_eat_is_refused(tmp_path):
+    for n in (0, 1, 255, 256):
+        write(tmp_path / 'train.jsonl', good_rows(n))
+        for split in ('train', 'val'):
+            with pytest.raises(UserError, match=f'too few rows, {n}: the last 256'):
+                rewards.load_problems(str(tmp_path), split)
 
 
 BAD_ROWS = [
@@ -205,13 +237,13 @@ BAD_ROWS = [
 ]
 
 
-@pytest.mark.parametrize('row, reason', BAD_ROWS, ids=[reason for _, reason in BAD_ROWS])
-def test_a_malformed_row_is_refused_with_file_line_and_reason(tmp_path, row, reason):
+def test_a_malformed_row_is_refused_with_file_line_and_reason(tmp_path):
     path = tmp_path / 'test.jsonl'
-    write(path, good_rows(4) + [row] + good_rows(1))
-    with pytest.raises(UserError) as e:
-        rewards.load_problems(str(tmp_path), 'test')
-    assert str(e.value).startswith(f'{path}:5: ') and reason in str(e.value) and '\n' not in str(e.value)
+    for row, reason in BAD_ROWS:
+        write(path, good_rows(4) + [row] + good_rows(1))
+        with pytest.raises(UserError) as e:
+            rewards.load_problems(str(tmp_path), 'test')
+        assert str(e.value).startswith(f'{path}:5: ') and reason in str(e.value) and '\n' not in str(e.value)
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
@@ -239,20 +271,19 @@ def test_missing_data_says_what_makes_it(tmp_path, monkeypatch):
     assert len(rewards.load_problems('sums', 'test')) == 2
 
 
-def test_the_script_counts(tmp_path):
+def test_the_script_counts(script, tmp_path):
     rows = good_rows(300)
     rows[0]['answer'] = '0+1=<<0+1=2>>1\n#### 1'     # a wrong annotation
     rows[1]['answer'] = '#### 2'
+    rows[2]['answer'] = '2+1=3\n#### 3'
     write(tmp_path / 'train.jsonl', rows)
     write(tmp_path / 'test.jsonl', good_rows(5))
-    run = [sys.executable, os.path.join(ROOT, 'rewards.py')]
-    done = subprocess.run(run + [f'--task={tmp_path}'], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = script('rewards.py', f'--task={tmp_path}')
     assert ('train: 44 problems, 44 of their own answers earn reward 1; 0.98 steps a solution; '
-            'annotations: 42 right, 1 wrong, 1 solutions without') in done.stdout
+            'annotations: 41 right, 1 wrong, 2 solutions without; 1 references without an equation') in done.stdout
     assert 'test: 5 problems, 5 of their own answers earn reward 1; 1.00 steps a solution' in done.stdout
-    done = subprocess.run(run + [f'--task={tmp_path / "nothing"}'], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith('error: no ') and done.stderr.count('\n') == 1
+    done = script('rewards.py', f'--task={tmp_path / "nothing"}', code=2)
+    assert done.stderr.startswith('error: no ') and done.stderr.count('\n') == 1
 
 
 # ---- rewards on tokens ----
@@ -301,16 +332,38 @@ def test_the_sparse_reward_stands_on_the_last_action(bpe):
     assert rs[0].ids[-1] == bpe.eos != rs[2].ids[-1]
 
 
-@pytest.mark.parametrize('text, expected', [
-    (' a <<1+2=3>>\nb <<3*4=12>>\nc <<12-2=10>>\n#### 10', [1, 1, 1, 0]),
-    (' b <<3*4=12>>\na <<1+2=3>>\nb <<3*4=12>>\n#### 10', [0, 1, 1, 0]),            # the next unmatched one, not any
-    (' a <<1+2=3>>\na <<1+2=3>>\na <<1+2=3>>\n#### 10', [1, 0, 0, 0]),              # a repeated step earns nothing
-    (' x <<7+7=14>>\na <<2+1=3.0>>\n\n#### 10', [0, 1, 0]),                         # irrelevant; another way to 3; a blank line
-    (' <<1+2=3>> and <<3*4=12>>\n#### 10', [2, 0]),
-    (' 1 + 2 = 3\nthen 3 x 4 = 12', [1, 1]), (' no numbers\n#### 10', [0, 0])])
-def test_dense_heuristic(bpe, text, expected):
-    r = response(bpe, text)
-    assert [x for _, x in earned(bpe, r, rewards.dense_rewards([r])[0])] == pytest.approx([x / 3 for x in expected], abs=1e-4)
+def test_dense_heuristic(bpe):
+    for text, expected in [
+        (' a <<1+2=3>>\nb <<3*4=12>>\nc <<12-2=10>>\n#### 10', [1, 1, 1, 0]),
+        (' <<3*4=12>>\nc <<12-2=10>>\n#### 10', [1, 1, 0]),                              # a step was skipped, or merged: it earns nothing
+        (' b <<3*4=12>>\na <<1+2=3>>\nb <<3*4=12>>\n#### 10', [1, 0, 0, 0]),            # what was passed is no longer ahead
+        (' c <<12-2=10>>\na <<1+2=3>>\nb <<3*4=12>>\nc <<12-2=10>>\n#### 10', [1, 0, 0, 0, 0]),
+        (' a <<1+2=3>>\na <<1+2=3>>\na <<1+2=3>>\n#### 10', [1, 0, 0, 0]),              # a repeated step earns nothing
+        (' x <<7+7=14>>\na <<2+1=3.0>>\n\n#### 10', [0, 1, 0]),                         # irrelevant; another way to 3; a blank line
+        (' <<1+2=3>> and <<3*4=12>>\n#### 10', [2, 0]),
+        (' 1 + 2 = 3\nthen 3 x 4 = 12', [1, 1]), (' no numbers\n#### 10', [0, 0])]:
+        r = response(bpe, text)
+        assert [x for _, x in earned(bpe, r, rewards.dense_rewards([r])[0])] == pytest.approx([x / 3 for x in expected], abs=1e-4), text
+
+
+def test_dense_heuristic_meets_each_result_once(bpe):
+    """Where a result stands twice in the reference, two steps earn; what is no number (1e5, x) is no result; and 1 is the most."""
+    def total(text, *reference):
+        problem = Problem('q', ''.join(f'<<0={x}>>\n' for x in reference) + '#### 10', '10')
+        return rewards.dense_rewards([response(bpe, text, problem)]).sum().item()
+    assert total(' <<1+2=3>>\n <<3+0=3>>\n <<3+0=3>>\n#### 10', 3, 3, 10) == pytest.approx(2 / 3)
+    assert total(' <<1=x>>\n <<1=x>>\n#### 10', 'x', 10) == 0
+    rng = random.Random(0)
+    for _ in range(200):
+        reference, taken = rng.choices('1234', k=rng.randint(1, 4)), rng.choices('12345', k=rng.randint(1, 12))
+        found = total(''.join(f' <<0={x}>>' + rng.choice(['', '\n']) for x in taken) + '\n#### 10', *reference)
+        met, ahead = 0, list(reference)
+        for x in taken:
+            if x in ahead:
+                met, ahead = met + 1, ahead[ahead.index(x) + 1:]
+        assert found == pytest.approx(met / len(reference), abs=1e-6) and found <= 1 + 1e-6
+        repeated = total(''.join(f' <<0={x}>>\n <<0={x}>>\n' for x in sorted(set(reference), key=reference.index)) + '#### 10', *sorted(set(reference), key=reference.index))
+        assert repeated == pytest.approx(1)
 
 
 def test_dense_heuristic_pays_nothing_for_what_was_given(bpe):
@@ -323,15 +376,15 @@ def returns(r):
     return r.flip(0).cumsum(0).flip(0)
 
 
-@pytest.mark.parametrize('K', [1, 2, 3, 7])
-def test_clip_and_delta_by_their_identities(K):
-    r = torch.rand(K, generator=torch.Generator().manual_seed(K))
-    clipped, delta, both = clip_rewards(r, 0.6), delta_rewards(r), delta_rewards(clip_rewards(r, 0.6))
-    assert torch.allclose(clipped, torch.tensor([min(x - 0.6, 0.0) for x in r.tolist()])) and (returns(clipped) <= 0).all()
-    assert delta[-1] == 0 == both[-1]
-    # with gamma = 1 the return from step k is its own score, and nothing at the answer
-    assert torch.allclose(returns(delta), torch.cat([r[:-1], torch.zeros(1)]), atol=1e-6)
-    assert torch.allclose(returns(both), torch.cat([clipped[:-1], torch.zeros(1)]), atol=1e-6) and (returns(both) <= 1e-6).all()
+def test_clip_and_delta_by_their_identities():
+    for K in (1, 2, 3, 7):
+        r = torch.rand(K, generator=torch.Generator().manual_seed(K))
+        clipped, delta, both = clip_rewards(r, 0.6), delta_rewards(r), delta_rewards(clip_rewards(r, 0.6))
+        assert torch.allclose(clipped, torch.tensor([min(x - 0.6, 0.0) for x in r.tolist()])) and (returns(clipped) <= 0).all()
+        assert delta[-1] == 0 == both[-1]
+        # with gamma = 1 the return from step k is its own score, and nothing at the answer
+        assert torch.allclose(returns(delta), torch.cat([r[:-1], torch.zeros(1)]), atol=1e-6)
+        assert torch.allclose(returns(both), torch.cat([clipped[:-1], torch.zeros(1)]), atol=1e-6) and (returns(both) <= 1e-6).all()
 
 
 def test_refinements_of_a_responses_scores(bpe):
@@ -351,35 +404,75 @@ def test_clip_and_delta_by_hand():
     assert delta_rewards(clip_rewards(r, 0.5)).tolist() == pytest.approx([0.3, -0.3, 0, 0], abs=1e-6)
 
 
+def shaped(reward, refine, rs, scores, eta):
+    """ppo.py's rewards beside the sparse one."""
+    return {'dense': lambda: rewards.dense_rewards(rs), 'orm': lambda: rewards.orm_rewards(rs, scores),
+            'orm_dense': lambda: rewards.orm_dense_rewards(rs, scores, refine, eta),
+            'prm': lambda: rewards.prm_rewards(rs, scores, refine, eta)}[reward]()
+
+
+def test_running_to_the_budget_never_pays(bpe):
+    """Under every reward a solution that the budget cut off returns, from each step on, at most what it would have, finished wrong,
+    whatever its end is scored then; and no step of it earns more than 0 from a learned model."""
+    generator, rng = torch.Generator().manual_seed(0), random.Random(0)
+    kinds = [('dense', 'none'), ('orm', 'none')] + [(reward, refine) for reward in ('orm_dense', 'prm') for refine in rewards.REFINEMENTS]
+    for _ in range(60):
+        lines = [rng.choice(['a <<1+2=3>>', 'b <<3*4=12>>', 'so', '<<12-2=10>>']) for _ in range(rng.randint(1, 6))]
+        cut = response(bpe, ' ' + '\n'.join(lines), finished=False)
+        wrong = response(bpe, ' ' + '\n'.join(lines))  # and the end token
+        assert [line for _, line in cut.lines] == [line for _, line in wrong.lines] and wrong.finished and not wrong.correct
+        p, eta = torch.rand(len(cut.ids), generator=generator), rng.random()
+        for last in (0.0, 1.0, rng.random()):  # what the model says once it has read the end token
+            scores, outcome = [p, torch.cat([p, torch.tensor([last])])], rewards.sparse_rewards([cut, wrong])
+            for reward, refine in kinds:
+                found = shaped(reward, refine, [cut, wrong], scores, eta)
+                a, b = (returns((outcome + 0.7 * found)[row][[end for end, _ in r.lines]]) for row, r in enumerate((cut, wrong)))
+                assert (a <= b + 1e-6).all(), (reward, refine)
+                assert reward == 'dense' or (found[0] <= 0).all(), (reward, refine)
+    assert (found[1] != 0).any()  # clip_delta: the other one earned something
+
+
+def test_clips_threshold_leaves_the_last_steps_out(bpe):
+    rs = [response(bpe, ' a\nb\n#### 10'), response(bpe, ' #### 10'), response(bpe, ' a\nb', finished=False)]
+    scores = [torch.zeros(len(r.ids)) for r in rs]
+    for r, s in zip(rs, scores):
+        s[:] = 0.99                                    # of the last steps, and within steps
+        s[[end for end, _ in r.lines[:-1]]] = torch.tensor([0.1, 0.5])[:len(r.lines) - 1]
+    lines = [r.lines for r in rs] + [step_lines([], bpe)]  # a question that was too long has an empty solution
+    assert rewards.score_quantile(lines, scores + [torch.zeros(0)], 1.0) == 0.5
+    assert rewards.score_quantile(lines, scores + [torch.zeros(0)], 0.0) == pytest.approx(0.1)
+    assert rewards.score_quantile(lines, scores + [torch.zeros(0)], 0.5) == pytest.approx(0.1)  # of .1, .5, .1
+    for none in ([], lines[1:2]):
+        with pytest.raises(UserError, match='set eta'):
+            rewards.score_quantile(none, scores[1:1 + len(none)], 0.5)
+
+
 ATTACKS = {'the same right step again and again': lambda n: ' a <<1+2=3>>\n' + 'a <<1+2=3>>\n' * n + 'b <<3*4=12>>\n#### 10',
            'empty steps': lambda n: ' a <<1+2=3>>\n' + '\n \n' * n + 'b <<3*4=12>>\n#### 10',
            'many tiny steps': lambda n: ' a <<1+2=3>>\n' + 'so\n' * n + 'b <<3*4=12>>\n#### 10'}
 
 
-@pytest.mark.parametrize('attack', ATTACKS)
-def test_needless_steps_raise_the_raw_prm_sum_and_no_other_return(bpe, attack):
-    rs = [response(bpe, ATTACKS[attack](n)) for n in (0, 1, 5, 20)]
-    scores = [torch.full((len(r.ids),), 0.9) for r in rs]  # a PRM that likes every step, as one that is hacked does
-
-    def total(found):
-        return found.sum(1).tolist()
-    raw = total(rewards.prm_rewards(rs, scores, 'none'))
-    if attack == 'empty steps':  # a blank line is no step, for any reward
-        assert raw == pytest.approx([raw[0]] * 4)
-    else:
-        assert raw == pytest.approx([0.9 * (3 + n) for n in (0, 1, 5, 20)])
-        assert total(rewards.orm_dense_rewards(rs, scores)) == pytest.approx(raw)
-    for found in (rewards.dense_rewards(rs), rewards.orm_rewards(rs, scores), rewards.sparse_rewards(rs),
-                  *(rewards.prm_rewards(rs, scores, refine, eta) for refine in ('clip', 'delta', 'clip_delta') for eta in (0.5, 0.95))):
-        assert all(x <= total(found)[0] + 1e-5 for x in total(found))
+def test_needless_steps_raise_the_raw_sums_and_no_other_return(bpe):
+    for attack in ATTACKS:
+        rs = [response(bpe, ATTACKS[attack](n)) for n in (0, 1, 5, 20)]
+        scores = [torch.full((len(r.ids),), 0.9) for r in rs]  # a model that likes every step, as one that is hacked does
+        for reward in ('prm', 'orm_dense'):
+            raw = shaped(reward, 'none', rs, scores, 0).sum(1).tolist()
+            steps_more = (0, 0, 0, 0) if attack == 'empty steps' else (0, 1, 5, 20)  # a blank line is no step, for any reward
+            assert raw == pytest.approx([0.9 * (3 + n) for n in steps_more])
+        for found in (rewards.sparse_rewards(rs), shaped('dense', '', rs, scores, 0), shaped('orm', '', rs, scores, 0),
+                      *(shaped(reward, refine, rs, scores, eta) for reward in ('prm', 'orm_dense')
+                        for refine in ('clip', 'delta', 'clip_delta') for eta in (0.5, 0.95))):
+            total = found.sum(1).tolist()
+            assert all(x <= total[0] + 1e-5 for x in total)
 
 
 def test_learned_rewards_stand_where_they_were_scored(bpe):
-    rs = [response(bpe, ' a\nb\n#### 10'), response(bpe, ' a')]
+    rs = [response(bpe, ' a\nb\n#### 10'), response(bpe, ' a'), response(bpe, ' a', finished=False)]
     scores = [torch.arange(len(r.ids)) / 100 for r in rs]
     assert [x for _, x in earned(bpe, rs[0], rewards.prm_rewards(rs, scores)[0])] == pytest.approx([end / 100 for end, _ in rs[0].lines])
     sparse = rewards.orm_rewards(rs, scores)
-    assert sparse[1, len(rs[1].ids) - 1] == scores[1][-1] and sparse[1].count_nonzero() == 1
+    assert sparse[1, len(rs[1].ids) - 1] == scores[1][-1] and sparse[1].count_nonzero() == 1 and not sparse[2].any()
 
 
 # ---- reward models ----
@@ -399,6 +492,41 @@ def test_scores_are_the_heads_probability_after_each_token(model, bpe):
             hidden = judge.trunk(torch.tensor([e.ids]))[0]
             expected = [judge.value_head(hidden[t]).sigmoid().item() for t in range(e.n_prompt, len(e.ids))]
             assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_rows_that_cannot_be_scored_have_scores_of_0(model, bpe):
+    """A question without a solution, since it left no room for one; a solution that is longer than the context."""
+    judge = loud(Transformer(model.config).add_value_head(), 3)
+    rows = scored_rows(bpe)
+    long, empty = Example([3] * 94 + [5] * 3, 94), Example([3] * 200, 200)  # a context of 96
+    found = rewards.score(judge, [long, rows[0], empty, rows[1]], 1000)
+    assert [len(s) for s in found] == [3, len(rows[0].ids) - 5, 0, len(rows[1].ids) - 2] and not found[0].any()
+    for a, b in zip(found[1::2], rewards.score(judge, rows[:2], 1000)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    assert [len(s) for s in rewards.score(judge, [long, empty], 1000)] == [3, 0]
+
+
+def test_a_checkpoint_says_what_its_scalar_head_is(bpe, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    def saved(name, kind, **changes):
+        model = loud(Transformer(tiny_config(bpe.vocab_size, **changes)).add_value_head())
+        model.head_kind = kind
+        model.save_pretrained(str(tmp_path / name), bpe)
+        assert Transformer.from_pretrained(str(tmp_path / name)).head_kind == kind
+        return str(tmp_path / name)
+    policy = tiny_config(bpe.vocab_size)
+    for kind in ('orm', 'prm'):
+        for kinds in (('orm', 'prm'), (kind,)):
+            assert rewards.load_reward_model(saved(kind, kind), policy, bpe, 'cpu', kinds=kinds).head_kind == kind
+    save_file(load_file(tmp_path / 'orm' / 'value_head.safetensors'), tmp_path / 'orm' / 'value_head.safetensors')
+    for folder, kinds, match in (
+            (saved('value', Transformer(policy).add_value_head().head_kind), ('orm', 'prm'), 'of kind value, not orm or prm'),
+            (str(tmp_path / 'prm'), ('orm',), 'of kind prm, not orm'), (str(tmp_path / 'orm'), ('orm',), 'of kind unknown, an old file, not orm'),
+            (saved('short', 'orm', block_size=95), ('orm',), "a context of 95 tokens, shorter than the policy's 96")):
+        with pytest.raises(UserError, match=match) as e:
+            rewards.load_reward_model(folder, policy, bpe, 'cpu', kinds=kinds)
+        assert '\n' not in str(e.value)
 
 
 def test_outcome_labels(bpe):
@@ -482,14 +610,14 @@ def judges(coin, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('kind', ['orm', 'prm'])
-def test_reward_models_know_right_from_wrong(judges, kind):
-    last = [json.loads(line) for line in open(judges / kind / 'log.jsonl')][-1]
-    assert last['heldout_auroc'] > 0.95 and last['heldout_accuracy'] > 0.9 and last['calibration_error'] < 0.2
+def test_reward_models_know_right_from_wrong(judges):
+    """The first step decides, so that nothing is left to chance: measured 1.0."""
+    for kind in ('orm', 'prm'):
+        last = [json.loads(line) for line in open(judges / kind / 'log.jsonl')][-1]
+        assert last['heldout_auroc'] > 0.9 and last['heldout_accuracy'] > 0.8 and last['calibration_error'] < 0.3
 
 
 def test_labelling_goes_on_where_it_stopped(coin, judges, script, tmp_path):
-    import shutil
     shutil.copytree(judges / 'prm', tmp_path / 'prm')
     for name in ('samples_train.jsonl', 'labels_train.jsonl'):
         whole = (judges / 'prm' / name).read_text()
