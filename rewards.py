@@ -418,14 +418,15 @@ def dense_rewards(responses):
     """The heuristic of Havrilla et al. 2024: a step whose result equals one of the reference solution's results that are still
     ahead earns 1 / (number of reference results), on its last token. The first such result is the one that it meets: those
     before it count as passed, skipped or merged into this step, and earn nothing any more. So each result is met at most once,
-    a solution earns 1 at most, and a step that repeats another or leads elsewhere earns nothing."""
+    a solution earns 1 at most, and a step that repeats another or leads elsewhere earns nothing, nor does one that the budget
+    cut off, perhaps within a number."""
     values = []
     for r in responses:
         wanted, earned = results(r.problem.solution), []
         ahead = wanted[len(results(r.prefix)):]
-        for _, line in r.lines:
+        for end, line in r.lines:
             earned.append(0.0)
-            for result in results(line):
+            for result in results(line) if r.finished or end < len(r.ids) - 1 else []:
                 if result is not None and result in ahead:
                     ahead = ahead[ahead.index(result) + 1:]
                     earned[-1] += 1 / len(wanted)

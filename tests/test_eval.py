@@ -1,8 +1,10 @@
 """The metrics: goldens, identities, and the evaluation's life on disk."""
 import itertools
 import json
+import random
 
 import pytest
+import torch
 from conftest import loud, tiny_config
 
 import eval as evaluation
@@ -32,14 +34,51 @@ def test_pass_at_k_goldens():
             pass_at_k(*bad)
 
 
-@pytest.mark.parametrize('answers, right, expected', [
-    (['5', '7', '7'], '7', 1.0), (['5', '7', '7'], '5', 0.0),
-    (['5', '7'], '5', 1.0), (['7', '5'], '5', 0.0),                      # a tie: the first given wins
-    (['7', '5', '5', '7'], '7', 1.0), (['7', '5', '5', '7'], '5', 0.0),
-    ([None, None, '5'], '5', 1.0),                                       # no answer, no vote
-    ([None, None], '5', 0.0), ([], '5', 0.0), (['5'], '5', 1.0)])
-def test_maj_at_k(answers, right, expected):
-    assert maj_at_k(answers, [a == right for a in answers]) == maj_at_k(answers, right) == expected
+def test_maj_at_k():
+    for answers, right, expected in [
+            (['5', '7', '7'], '7', 1.0), (['5', '7', '7'], '5', 0.0),
+            (['5', '7'], '5', 1.0), (['7', '5'], '5', 0.0),                      # a tie: the first given wins
+            (['7', '5', '5', '7'], '7', 1.0), (['7', '5', '5', '7'], '5', 0.0),
+            ([None, None, '5'], '5', 1.0),                                       # no answer, no vote
+            ([None, None], '5', 0.0), ([], '5', 0.0), (['5'], '5', 1.0)]:
+        assert maj_at_k(answers, [a == right for a in answers]) == maj_at_k(answers, right) == expected
+
+
+def samples_of(tokenizer, *texts):
+    """Records of samples; '...' at the end: the budget ended there."""
+    return [judge(Sample([1], [ord(c) for c in text.removesuffix('...')] + [0], [], not text.endswith('...')), Problem('q', '#### 18', '18'), tokenizer)
+            for text in texts]
+
+
+def test_a_vote_counts_the_answers_of_finished_samples():
+    def metrics(*texts):
+        samples = samples_of(Decodes(), *(f'#### {t}' for t in texts))
+        return {name: mean for name, (mean, _) in summarize([{'greedy': samples[0], 'samples': samples}]).items()}
+    for order in set(itertools.permutations(['18...', '18', '18', '7'])):
+        found = metrics(*order)
+        assert found['maj@4'] == found['pass@4'] == 1
+    assert samples_of(Decodes(), '#### 1...')[0]['answer'] is None  # perhaps it was 18
+    assert metrics('1...', '1...', '18')['maj@3'] == 1 and metrics('18...', '18...', '7')['maj@3'] == 0
+    older = [{'answer': '1', 'correct': False, 'finished': False}] * 2 + [{'answer': '18', 'correct': True, 'finished': True}]
+    older = [s | {'text': '', 'tokens': 1} for s in older]  # as records were written before
+    assert summarize([{'greedy': older[0], 'samples': older}])['maj@3'][0] == 1
+
+
+def test_votes_and_reranks_solve_at_most_what_any_sample_solves():
+    """Against brute force, in any order of the samples."""
+    rng = random.Random(0)
+    for _ in range(500):
+        samples = samples_of(Decodes(), *(rng.choice(['#### 18', '#### 7', '#### 1', 'so']) + rng.choice(['', '', '...'])
+                                          for _ in range(rng.randint(1, 6))))
+        answers, correct = [s['answer'] for s in samples], [s['correct'] for s in samples]
+        scores = [rng.choice([0.2, 0.5, 0.9]) for _ in samples]
+        voted = [a for a in answers if a is not None]
+        for weights, found in (([1] * len(samples), maj_at_k(answers, correct)), (scores, weighted_at_k(answers, scores, correct))):
+            sums = [round(sum(w for a, w in zip(answers, weights) if a == b), 6) for b in voted]
+            winner = voted[sums.index(max(sums))] if voted else None
+            assert found == (winner == '18') <= any(correct)
+        assert rerank_at_k([s['score'] for s in with_scores(samples, [torch.tensor([x]) for x in scores])], correct) <= any(correct)
+        assert maj_at_k(answers, correct) == maj_at_k(answers, '18')
 
 
 def test_rerank_at_k():
@@ -57,10 +96,9 @@ def test_weighted_at_k():
 
 
 def test_a_sample_without_an_answer_never_wins_by_its_score():
-    import torch
-    records = [sample_record('5'), sample_record(None), sample_record('5', finished=False)]
-    scored = with_scores(records, [torch.tensor([0.9, 0.2]), torch.tensor([0.99]), torch.tensor([])])
-    assert [r['score'] for r in scored] == pytest.approx([0.2, 0, 0])  # the score of the last token
+    records = [sample_record('5'), sample_record(None), sample_record('5', finished=False), sample_record('5')]
+    scored = with_scores(records, [torch.tensor([0.9, 0.2]), torch.tensor([0.99]), torch.tensor([0.99]), torch.tensor([])])
+    assert [r['score'] for r in scored] == pytest.approx([0.2, 0, 0, 0])  # the score of the last token
 
 
 def sample_record(answer, right='5', text=None, finished=True, tokens=10, **more):
@@ -155,15 +193,15 @@ class Decodes:
         return ''.join(chr(i) for i in ids if i)
 
 
-@pytest.mark.parametrize('text, finished, stop, correct', [
-    (' so\n#### 18', True, (), True), (' so\n#### 18.0', True, (), True), (' so\n#### 8', True, (), False),
-    (' so\n#### 18', False, (), False),                                                   # cut off: perhaps it was 189
-    (' so\n#### 18\nQuestion: x\nAnswer:\n#### 7', True, ('\nQuestion:',), True)])       # what follows a stop is not read
-def test_judge(text, finished, stop, correct):
-    sample = Sample([1], [ord(c) for c in text] + [0], [0.0] * (len(text) + 1), finished)
-    record = judge(sample, Problem('q', '#### 18', '18'), Decodes(), stop)
-    assert record['correct'] is correct and record['tokens'] == len(text) + 1
-    assert not stop or 'Question' not in record['text']
+def test_judge():
+    for text, finished, stop, correct in [
+            (' so\n#### 18', True, (), True), (' so\n#### 18.0', True, (), True), (' so\n#### 8', True, (), False),
+            (' so\n#### 18', False, (), False),                                                   # cut off: perhaps it was 189
+            (' so\n#### 18\nQuestion: x\nAnswer:\n#### 7', True, ('\nQuestion:',), True)]:       # what follows a stop is not read
+        sample = Sample([1], [ord(c) for c in text] + [0], [0.0] * (len(text) + 1), finished)
+        record = judge(sample, Problem('q', '#### 18', '18'), Decodes(), stop)
+        assert record['correct'] is correct and record['tokens'] == len(text) + 1
+        assert (record['answer'] is None) == (not finished) and (not stop or 'Question' not in record['text'])
 
 
 def test_torn_records_file(tmp_path):
@@ -180,6 +218,26 @@ def test_markdown_table():
     assert lines[2] == '| a | t | 4 | 50.0 ± 25.0 | 100.0 ± 0.0 | 12.3 |'
     assert lines[3] == '| b | t | 4 | 25.0 |  |  |'
     assert len({line.count('|') for line in lines}) == 1
+
+
+def test_compare_is_by_problem(tmp_path, capsys):
+    """Two problems with one question, and a run that evaluated fewer problems."""
+    def run(name, *answers, right=()):
+        (tmp_path / name).mkdir()
+        rows = [{'index': i, 'question': 'Tom?' if i < 2 else f'{i}?', 'answer': a, 'greedy': sample_record(a, right=a if i in right else None),
+                 'samples': []} for i, a in enumerate(answers)]
+        (tmp_path / name / 'eval_t.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in [{'k': 0}] + rows))
+        (tmp_path / name / 'eval_t.json').write_text(json.dumps({'task': 't', 'problems': len(rows), 'k': 0, 'metrics': summarize(rows)}))
+        return str(tmp_path / name)
+
+    def compared(*folders):
+        evaluation.compare(folders)
+        return capsys.readouterr().out
+    a, copy = run('a', '1', '2', '3', right=[1]), run('copy', '1', '2', '3', right=[1])
+    assert f'of 3 problems {copy} solves 0 that {a} does not, and fails 0 that it does' in compared(a, copy)
+    fewer, other = run('fewer', '1', '2', right=[0]), run('other', '7', '2', '3', '4', right=[0, 1, 2, 3])
+    assert f'of 2 problems {fewer} solves 1 that {a} does not, and fails 1 that it does' in compared(a, fewer)
+    assert f'of 2 problems {other} solves 1 that {a} does not, and fails 0' in compared(a, other)  # its first problem is another one
 
 
 def test_compare_needs_an_evaluation(tmp_path):

@@ -19,7 +19,7 @@ import rewards
 from config import UserError
 from model import Transformer
 from rewards import Labelled, Problem, clip_rewards, delta_rewards, equations, extract_answer, is_correct, respond, step_lines, steps
-from sample import Example, Sample, bpe_tokenizer
+from sample import Example, Sample, bpe_tokenizer, load_tokenizer
 
 # ---- the answer check: text -> answer ----
 TABLE = [
@@ -109,7 +109,7 @@ def test_an_answer_is_its_own_spelling():
 REPEATED = ['#### ', '####', '#', '#### $ - ', r'\boxed{', '<<', '<<1', '<<1=1', '1+', '1 + ', '1', '1 ', '1.', '1+1=', '1+1=1x',
             '-', '.', 'x', '\n', ' ', ('#### ', '1'), ('#### ', ' '), ('#### ', '-'), ('#### ', '1,'), ('#### ', '1/'),
             ('#### 1', '.'), (r'\boxed{', '{'), ('1', ' '), ('1+', ' '), ('1+1', ' '), ('1+1=', ' '),
-            ('1+1=', '1', 'x'), ('<<1=', '1', '>'), ('#### 1', r'\,000'), ('#### ', r'\frac{1'), ('#### 1', r'\, '), ('#### 1', r'\text{'),
+            ('1+1=', '1', 'x'), ('<<1=', '1', '>'), ('#### 1', r'\,000'), ('#### ', r'\frac{1'), ('#### 1', r'\,0 '), ('#### 1', r'\text{'),
             ('#### ', '1{,}'), ('#### ', r'\frac'), (r'\boxed{', r'\,')]
 
 
@@ -344,6 +344,8 @@ def test_dense_heuristic(bpe):
         (' 1 + 2 = 3\nthen 3 x 4 = 12', [1, 1]), (' no numbers\n#### 10', [0, 0])]:
         r = response(bpe, text)
         assert [x for _, x in earned(bpe, r, rewards.dense_rewards([r])[0])] == pytest.approx([x / 3 for x in expected], abs=1e-4), text
+    cut = response(bpe, ' 1 + 2 = 3\n 1 + 11 = 12', finished=False)  # or 125
+    assert rewards.dense_rewards([cut])[0].tolist() == pytest.approx([1 / 3 * (i == cut.lines[0][0]) for i in range(len(cut.ids))])
 
 
 def test_dense_heuristic_meets_each_result_once(bpe):
@@ -414,7 +416,7 @@ def shaped(reward, refine, rs, scores, eta):
 def test_running_to_the_budget_never_pays(bpe):
     """Under every reward a solution that the budget cut off returns, from each step on, at most what it would have, finished wrong,
     whatever its end is scored then; and no step of it earns more than 0 from a learned model."""
-    generator, rng = torch.Generator().manual_seed(0), random.Random(0)
+    generator, rng, less = torch.Generator().manual_seed(0), random.Random(0), set()
     kinds = [('dense', 'none'), ('orm', 'none')] + [(reward, refine) for reward in ('orm_dense', 'prm') for refine in rewards.REFINEMENTS]
     for _ in range(60):
         lines = [rng.choice(['a <<1+2=3>>', 'b <<3*4=12>>', 'so', '<<12-2=10>>']) for _ in range(rng.randint(1, 6))]
@@ -423,13 +425,15 @@ def test_running_to_the_budget_never_pays(bpe):
         assert [line for _, line in cut.lines] == [line for _, line in wrong.lines] and wrong.finished and not wrong.correct
         p, eta = torch.rand(len(cut.ids), generator=generator), rng.random()
         for last in (0.0, 1.0, rng.random()):  # what the model says once it has read the end token
-            scores, outcome = [p, torch.cat([p, torch.tensor([last])])], rewards.sparse_rewards([cut, wrong])
+            scores = [p, torch.cat([p, torch.tensor([last])])]
+            outcome = rewards.sparse_rewards([cut, wrong], 1.0, *rng.choice([(0.0, 0.0), (-0.5, -0.5), (0.0, -1.0)]))
             for reward, refine in kinds:
                 found = shaped(reward, refine, [cut, wrong], scores, eta)
                 a, b = (returns((outcome + 0.7 * found)[row][[end for end, _ in r.lines]]) for row, r in enumerate((cut, wrong)))
                 assert (a <= b + 1e-6).all(), (reward, refine)
                 assert reward == 'dense' or (found[0] <= 0).all(), (reward, refine)
-    assert (found[1] != 0).any()  # clip_delta: the other one earned something
+                less |= {(reward, refine)} if found[0].sum() < found[1].sum() - 0.1 else set()
+    assert less == set(kinds)  # and it is not that nothing is ever paid
 
 
 def test_clips_threshold_leaves_the_last_steps_out(bpe):
@@ -637,39 +641,84 @@ def test_bad_input_to_reward_model_training(coin, script, tmp_path):
     refused('--kind=prm', '--rollouts=0', match='rollouts')
     refused('--kind=orm', '--n_questions=1000', match='n_questions')
     refused('--kind=orm', f'--base={tmp_path}/no/base', match='no/base')
+    short = Transformer(tiny_config(load_tokenizer(f'{coin}/policy').vocab_size, block_size=64))
+    short.save_pretrained(str(tmp_path / 'short'), load_tokenizer(f'{coin}/policy'))
+    refused('--kind=orm', f'--base={tmp_path}/short', match="a context of 64 tokens, shorter than the policy's 128")
     assert not (tmp_path / 'run').exists()
     refused('--kind=orm', '--n_questions=2', '--k=1', match='too few')
 
 
 REWARDS = {'sparse': [], 'dense': [], 'orm': ['orm'], 'orm_dense': ['orm'], 'prm': ['prm'], 'prm --refine=clip_delta --eta_quantile=0.8': ['prm']}
+PPO = ['--max_new_tokens=40', '--lr=1e-3', '--epochs=1', '--temperature=1.0', '--eval_problems=16', '--device=cpu', '--show=0', '--advantage=group']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('reward', REWARDS)
 def test_every_reward_moves_itself_up(coin, judges, script, tmp_path, reward):
-    """From the reward alone, without the sparse one beside it (but for the sparse one itself)."""
+    """From the reward alone, without the sparse one beside it (but for the sparse one itself). An iteration's mean reward is that of
+    128 samples, whose standard error is at most .045."""
     flags = [f'--reward_model={judges}/{kind}' for kind in REWARDS[reward]] + ['--reward_right=0'] * (reward != 'sparse')
     script('ppo.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--out_dir={tmp_path}/run', *f'--reward={reward}'.split(), *flags,
-           '--max_new_tokens=40', '--n_rollouts=128', '--minibatch=32', '--epochs=1', '--n_iterations=12', '--lr=1e-3', '--temperature=1.0',
-           '--eval_problems=16', '--device=cpu', '--show=0', '--advantage=group')
+           *PPO, '--n_rollouts=128', '--minibatch=32', '--n_iterations=12')
     rows = [row for row in map(json.loads, open(tmp_path / 'run' / 'log.jsonl')) if 'share_correct' in row]
     gained = [row['reward_outcome'] + row['reward_shaped'] for row in rows]
-    assert gained[-1] > gained[0] + 0.1
+    assert sum(gained[-3:]) / 3 > gained[0] + 0.1
     if 'dense' not in reward and reward != 'prm':  # sums of scores can grow by more steps instead of better ones
-        assert sum(row['share_correct'] for row in rows[-3:]) / 3 > 0.85
+        assert sum(row['share_correct'] for row in rows[-3:]) / 3 > rows[0]['share_correct'] + 0.15
+
+
+def test_ppo_refines_an_orms_scores_and_counts_references_without_equation(coin, judges, script, tmp_path):
+    common = ['ppo.py', f'--task={coin}/task', f'--init_from={coin}/policy', *PPO, '--n_rollouts=8', '--minibatch=8', '--n_iterations=1',
+              '--n_questions=8']
+    done = script(*common, f'--out_dir={tmp_path}/orm', '--reward=orm_dense', f'--reward_model={judges}/orm', '--refine=clip_delta',
+                  '--eta_quantile=0.5')
+    assert 'the 0.5 quantile of the scores of steps before the last' in done.stdout
+    row = [row for row in map(json.loads, open(tmp_path / 'orm' / 'log.jsonl')) if 'share_correct' in row][0]
+    assert row['reward_shaped'] <= 0  # clipped, where the raw scores are above 0
+    done = script(*common, f'--out_dir={tmp_path}/dense', '--reward=dense')
+    assert '0 of 8 references have no equation' in done.stdout
+
+    def refused(*flags, match):
+        done = script(*common, f'--out_dir={tmp_path}/run', *flags, code=2)
+        assert match in done.stderr and done.stderr.strip().count('\n') == 0, done.stderr
+    refused('--reward_truncated=0.1', match='reward_truncated = 0.1 must not be above reward_wrong = 0.0')
+    refused('--reward=orm', f'--reward_model={judges}/prm', match='of kind prm, not orm')
+    refused('--reward=prm', f'--reward_model={judges}/orm', match='of kind orm, not prm')
+    refused('--reward=orm', f'--reward_model={judges}/orm', '--refine=clip', match="for reward = 'prm' or 'orm_dense'")
+    policy = Transformer.from_pretrained(f'{coin}/policy')
+    policy.config.block_size = 64
+    policy.save_pretrained(str(tmp_path / 'short'), load_tokenizer(f'{coin}/policy'))
+    for flags in ([f'--ref={tmp_path}/short'], [f'--critic_from={tmp_path}/short', '--critic=separate', '--advantage=gae']):
+        refused(*flags, match="short has a context of 64 tokens, shorter than the policy's 128")
 
 
 def test_rerank_and_the_orm_as_a_filter(coin, judges, script, tmp_path):
-    """Reranking by the ORM solves what the vote of a fair coin does not; and Expert Iteration can filter by the ORM."""
-    done = script('eval.py', f'--init_from={coin}/policy', f'--scorer={judges}/orm', f'--task={coin}/task', f'--out_dir={tmp_path}', '--k=6',
-                  '--temperature=1', '--max_new_tokens=40', '--device=cpu')
+    """Reranking by the ORM solves what the vote of a coin does not; and Expert Iteration can filter by the ORM. The ORM errs seldom
+    (two of 16 problems are left to it); that a coin of .6 wins 16 votes of six has a probability below .01."""
+    ask = ['eval.py', f'--init_from={coin}/policy', '--k=6', '--temperature=1', '--max_new_tokens=40', '--device=cpu']
+    done = script(*ask, f'--scorer={judges}/orm', f'--task={coin}/task', f'--out_dir={tmp_path}')
     assert 'rerank@6' in done.stdout and 'weighted@6' in done.stdout
-    metrics = json.loads((tmp_path / 'eval_task.json').read_text())['metrics']
-    assert metrics['rerank@6'][0] == metrics['pass@6'][0] > metrics['maj@6'][0] + 0.1 and metrics['weighted@6'][0] > metrics['maj@6'][0]
+    metrics = {name: mean for name, (mean, _) in json.loads((tmp_path / 'eval_task.json').read_text())['metrics'].items()}
+    assert metrics['pass@6'] >= metrics['rerank@6'] >= metrics['pass@6'] - 0.13
+    assert metrics['rerank@6'] > metrics['maj@6'] and metrics['weighted@6'] >= metrics['maj@6']
     ei = ['ei.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--base={coin}/policy', '--n_rounds=1', '--k=4', '--n_questions=20',
-          '--include_sft=False', '--max_new_tokens=40', '--max_steps=1', '--lr=1e-9', '--device=cpu', '--eval_problems=8']
-    script(*ei, f'--out_dir={tmp_path}/ei', '--reward=orm', f'--reward_model={judges}/orm', '--tau=0.5')
+          '--include_sft=False', '--max_new_tokens=40', '--max_steps=1', '--lr=1e-9', '--device=cpu', '--eval_problems=8', '--reward=orm']
+    script(*ei, f'--out_dir={tmp_path}/ei', f'--reward_model={judges}/orm', '--tau=0.5')
     row = [row for row in map(json.loads, open(tmp_path / 'ei' / 'log.jsonl')) if 'new_right' in row][0]
-    assert row['new_right'] > 0.9 and row['new_solutions'] >= 10 and row['share_correct'] < 0.8
-    # a score is below 1, and it is the score that counts, not the answer
-    assert 'scores 1.0' in script(*ei, f'--out_dir={tmp_path}/all', '--reward=orm', f'--reward_model={judges}/orm', '--tau=1.0', code=2).stderr
-    assert 'reward_model' in script(*ei, f'--out_dir={tmp_path}/no', '--reward=orm', code=2).stderr
+    assert row['new_right'] > row['share_correct'] + 0.2 and row['new_solutions'] >= 10
+    assert 'reward_model' in script(*ei, f'--out_dir={tmp_path}/no', code=2).stderr
+    assert 'of kind prm, not orm' in script(*ei, f'--out_dir={tmp_path}/no', f'--reward_model={judges}/prm', '--tau=0.5', code=2).stderr
+
+
+def test_questions_that_are_too_long_are_scored_like_wrong_answers(coin, judges, script, tmp_path):
+    """With a scorer, and where eta is looked for: they end no run."""
+    rows = (coin / 'task' / 'train.jsonl').read_text().splitlines(keepends=True)
+    for split in ('train', 'test'):
+        (tmp_path / f'{split}.jsonl').write_text(''.join(rows[:310]) + ''.join(row.replace('What', 'What is ' * 90) for row in rows[310:312]))
+    script('eval.py', f'--init_from={coin}/policy', f'--scorer={judges}/orm', f'--task={tmp_path}', f'--out_dir={tmp_path}/eval', '--k=2',
+           '--n_problems=312', '--max_new_tokens=40', '--device=cpu')
+    records = [json.loads(line) for line in open(next((tmp_path / 'eval').glob('eval_*.jsonl')))][1:]
+    assert len(records) == 312 and all(s['score'] == 0 and not s['correct'] for r in records[310:] for s in r['samples'])
+    done = script('ppo.py', f'--task={tmp_path}', f'--init_from={coin}/policy', f'--out_dir={tmp_path}/ppo', '--reward=prm', '--refine=clip',
+                  f'--reward_model={judges}/prm', *PPO, '--eval_problems=256', '--n_rollouts=8', '--minibatch=8', '--n_iterations=1', '--eta_quantile=0.5')
+    assert 'eta = ' in done.stdout
