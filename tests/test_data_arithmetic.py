@@ -28,17 +28,12 @@ def made():
     return module
 
 
-def prepare(out, *flags, hash_seed='0'):
-    return subprocess.run([sys.executable, SCRIPT, f'--out={out}', *flags], capture_output=True, text=True,
-                          cwd=os.path.dirname(ROOT), env=os.environ | {'PYTHONHASHSEED': hash_seed})
-
-
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-    """A small data set: its folder and the rows of its files."""
+    """A small data set: its folder and the rows of its files. Made in a process of its own, started from another folder."""
     folder = tmp_path_factory.mktemp('arithmetic')
-    done = prepare(folder, *SMALL)
-    assert done.returncode == 0, done.stderr
+    subprocess.run([sys.executable, SCRIPT, f'--out={folder}', *SMALL], check=True, capture_output=True, cwd=os.path.dirname(ROOT),
+                   env=os.environ | {'PYTHONHASHSEED': '1'})
     rows = {name: [json.loads(line) for line in open(folder / f'{name}.jsonl', encoding='utf-8')]
             for name in ('train', 'test', 'base')}
     return folder, rows
@@ -68,10 +63,10 @@ def problems(made, count, steps, seed=0, **knobs):
 
 
 # ---- the files ----
-def test_same_seed_same_bytes(files, tmp_path):
+def test_same_seed_same_bytes(files, script, tmp_path):
     folder, _ = files
-    assert prepare(tmp_path / 'same', *SMALL, hash_seed='1').returncode == 0  # no set's order must matter
-    assert prepare(tmp_path / 'other', *SMALL, '--seed=1').returncode == 0
+    script(SCRIPT, f'--out={tmp_path}/same', *SMALL)  # with another seed of hashes: no set's order must matter
+    script(SCRIPT, f'--out={tmp_path}/other', *SMALL, '--seed=1')
     for name in ('train.jsonl', 'test.jsonl', 'base.jsonl'):
         old = (folder / name).read_bytes()
         assert (tmp_path / 'same' / name).read_bytes() == old
@@ -79,9 +74,9 @@ def test_same_seed_same_bytes(files, tmp_path):
     assert sorted(os.listdir(tmp_path / 'same')) == ['base.jsonl', 'test.jsonl', 'train.jsonl']  # nothing left behind
 
 
-def test_test_does_not_depend_on_train_nor_train_on_base(files, tmp_path):
+def test_test_does_not_depend_on_train_nor_train_on_base(files, script, tmp_path):
     folder, _ = files
-    assert prepare(tmp_path, '--n_train=1000', '--n_test=300', '--n_base=100').returncode == 0
+    script(SCRIPT, f'--out={tmp_path}', '--n_train=1000', '--n_test=300', '--n_base=100')
     assert (tmp_path / 'test.jsonl').read_bytes() == (folder / 'test.jsonl').read_bytes()
     assert (folder / 'train.jsonl').read_bytes().startswith((tmp_path / 'train.jsonl').read_bytes())
 
@@ -178,24 +173,24 @@ def test_tales_keep_the_books(made):
 
 
 # ---- the settings ----
-@pytest.mark.parametrize('ops', ['+', '-', '*', '/', '+-', '*/', '-*', '+-*/'])
-def test_ops(made, ops):
-    used = set()
-    for n in (1, 2, 3):
-        for _, answer in problems(made, 30, n, ops=ops):
-            used |= {op for _, op, _, _ in work(answer)}
-    assert used == set(ops)
+def test_ops(made):
+    for ops in ('+', '-', '*', '/', '+-', '*/', '-*', '+-*/'):
+        used = set()
+        for n in (1, 2, 3):
+            for _, answer in problems(made, 30, n, ops=ops):
+                used |= {op for _, op, _, _ in work(answer)}
+        assert used == set(ops)
 
 
-@pytest.mark.parametrize('n', [1, 2, 3, 4, 5, 6])
-def test_steps(made, n):
-    assert all(len(work(answer)) == n for _, answer in problems(made, 200, n))
+def test_steps(made):
+    for n in range(1, 7):
+        assert all(len(work(answer)) == n for _, answer in problems(made, 200, n))
 
 
-@pytest.mark.parametrize('most', [12, 100])
-def test_max_number(made, most):
-    found = [n for text in problems(made, 300, 2, max_number=most, distractor=1) for part in text for n in numbers(part)]
-    assert 2 <= min(found) and most * 0.9 < max(found) <= most
+def test_max_number(made):
+    for most in (12, 100):
+        found = [n for text in problems(made, 300, 2, max_number=most, distractor=1) for part in text for n in numbers(part)]
+        assert 2 <= min(found) and most * 0.9 < max(found) <= most
 
 
 def test_distractor(made, monkeypatch):
@@ -213,18 +208,20 @@ def test_numbers_told_are_needed(made):
             assert not collections.Counter(numbers(question)) - used, (question, answer)
 
 
-@pytest.mark.parametrize('flags, message', [
+BAD_SETTINGS = [
     (('--min_steps=3', '--max_steps=2'), 'min_steps'), (('--min_steps=0',), 'min_steps'), (('--max_steps=7',), 'max_steps'),
     (("--ops=''",), 'ops'), (('--ops=+x',), 'ops'), (('--ops=++',), 'ops'), (('--distractor=1.5',), 'distractor'),
     (('--reorder=-1',), 'reorder'), (('--n_test=-1',), 'n_test'), (('--max_number=1',), 'a max_number of 4'),
     (('--base_facts=.7', '--base_one_step=.4'), 'base_facts'),
     (('--ops=/', '--min_steps=4', '--max_number=10'), 'no problem of 4 steps'),
-    (('--ops=+', '--max_number=4'), 'no problem of')])
-def test_bad_settings(tmp_path, flags, message):
-    done = prepare(tmp_path, *flags)
-    assert done.returncode == 2
-    assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1 and message in done.stderr
-    assert os.listdir(tmp_path) == []
+    (('--ops=+', '--max_number=4'), 'no problem of')]
+
+
+def test_bad_settings(script, tmp_path):
+    for flags, message in BAD_SETTINGS:
+        done = script(SCRIPT, f'--out={tmp_path}', *flags, code=2)
+        assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1 and message in done.stderr
+        assert os.listdir(tmp_path) == []
 
 
 def test_too_many_problems(made, monkeypatch):

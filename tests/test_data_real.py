@@ -15,10 +15,8 @@ from config import UserError
 from rewards import ANNOTATION, annotation_is_right, equations, extract_answer, is_correct, read_problems, steps
 
 
-def prepare(task, *flags):
-    """Runs data/<task>/prepare.py from another folder than the repository's -> its CompletedProcess."""
-    script = os.path.join(ROOT, 'data', task, 'prepare.py')
-    return subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, cwd=os.path.dirname(ROOT))
+def prepare(task):
+    return os.path.join(ROOT, 'data', task, 'prepare.py')
 
 
 # ---- GSM8K ----
@@ -53,17 +51,15 @@ def test_gsm8k_facts(split):
         assert round(sum(len(steps(p.solution)) for p in problems) / len(problems), 2) == 3.58
 
 
-def test_prepare_gsm8k(tmp_path):
-    source = real_data('gsm8k')
-    done = prepare('gsm8k', f'--source={source}', f'--out={tmp_path}')
-    assert done.returncode == 0, done.stderr
+def test_prepare_gsm8k(script, tmp_path):
+    done = script(prepare('gsm8k'), f'--source={real_data("gsm8k")}', f'--out={tmp_path}')
     assert 'train.jsonl: 7,473 problems' in done.stdout and 'test.jsonl: 1,319 problems' in done.stdout
     assert sorted(os.listdir(tmp_path)) == ['test.jsonl', 'train.jsonl']
     assert [len(rewards.load_problems(str(tmp_path), split)) for split in ('train', 'val', 'test')] == [7473 - 256, 256, 1319]
 
 
 @pytest.mark.parametrize('task, name', [('gsm8k', 'test.jsonl'), ('svamp', 'SVAMP.json')])
-def test_a_file_that_is_not_the_official_one_is_refused(tmp_path, task, name):
+def test_a_file_that_is_not_the_official_one_is_refused(script, tmp_path, task, name):
     source, out = tmp_path / 'source', tmp_path / 'out'
     shutil.copytree(real_data(task), source)
     for path in [source, *source.rglob('*')]:   # the data may be read-only
@@ -73,8 +69,8 @@ def test_a_file_that_is_not_the_official_one_is_refused(tmp_path, task, name):
     for old in ('train.jsonl', 'test.jsonl'):
         (out / old).write_text('what was here')
     for reason in ('is not the official file: its sha256 is', 'No such file'):
-        done = prepare(task, f'--source={source}', f'--out={out}')
-        assert done.returncode == 2 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
+        done = script(prepare(task), f'--source={source}', f'--out={out}', code=2)
+        assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
         assert name in done.stderr and reason in done.stderr
         assert {p.name: p.read_text() for p in out.iterdir()} == {'train.jsonl': 'what was here', 'test.jsonl': 'what was here'}
         (source / name).unlink(missing_ok=True)
@@ -85,7 +81,7 @@ def test_a_file_that_is_not_the_official_one_is_refused(tmp_path, task, name):
     ('svamp', {'SVAMP.json': 'SVAMP.json', 'data/mawps-asdiv-a_svamp': 'mawps-asdiv-a_svamp'})])
 def test_download(tmp_path, task, there):
     """From a folder that is laid out as the repositories on GitHub are, since tests don't use the network."""
-    script = importlib.util.spec_from_file_location(f'prepare_{task}', os.path.join(ROOT, 'data', task, 'prepare.py'))
+    script = importlib.util.spec_from_file_location(f'prepare_{task}', prepare(task))
     module = importlib.util.module_from_spec(script)
     script.loader.exec_module(module)
     assert module.URL.startswith('https://')
@@ -104,10 +100,10 @@ def test_download(tmp_path, task, there):
 # ---- SVAMP ----
 @pytest.fixture(scope='module')
 def svamp(tmp_path_factory):
-    """(folder, what the script printed)"""
+    """(folder, what the script printed). Made in a process of its own, started from another folder."""
     source, out = real_data('svamp'), tmp_path_factory.mktemp('svamp')
-    done = prepare('svamp', f'--source={source}', f'--out={out}')
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, prepare('svamp'), f'--source={source}', f'--out={out}'], check=True, capture_output=True, text=True,
+                          cwd=os.path.dirname(ROOT))
     return out, done.stdout
 
 
@@ -182,9 +178,8 @@ def test_svamp_validation_has_both_sources(svamp):
     assert 0.2 < sum(p.question[0].islower() for p in val) / len(val) < 0.5
 
 
-def test_svamp_is_reproducible(svamp, tmp_path):
-    done = prepare('svamp', f'--source={real_data("svamp")}', f'--out={tmp_path}')
-    assert done.returncode == 0, done.stderr
+def test_svamp_is_reproducible(svamp, script, tmp_path):
+    script(prepare('svamp'), f'--source={real_data("svamp")}', f'--out={tmp_path}')
     for name in ('train.jsonl', 'test.jsonl'):
         assert (tmp_path / name).read_bytes() == (svamp[0] / name).read_bytes()
 

@@ -713,12 +713,13 @@ def test_rerank_and_the_orm_as_a_filter(coin, judges, script, tmp_path):
 def test_questions_that_are_too_long_are_scored_like_wrong_answers(coin, judges, script, tmp_path):
     """With a scorer, and where eta is looked for: they end no run."""
     rows = (coin / 'task' / 'train.jsonl').read_text().splitlines(keepends=True)
-    for split in ('train', 'test'):
-        (tmp_path / f'{split}.jsonl').write_text(''.join(rows[:310]) + ''.join(row.replace('What', 'What is ' * 90) for row in rows[310:312]))
+    long = [row.replace('What', 'What is ' * 90) for row in rows[:2]]
+    (tmp_path / 'test.jsonl').write_text(''.join(rows[:4] + long))
+    (tmp_path / 'train.jsonl').write_text(''.join(rows[:8] + long + rows[8:262]))  # the first ones of the validation slice
     script('eval.py', f'--init_from={coin}/policy', f'--scorer={judges}/orm', f'--task={tmp_path}', f'--out_dir={tmp_path}/eval', '--k=2',
-           '--n_problems=312', '--max_new_tokens=40', '--device=cpu')
+           '--max_new_tokens=40', '--device=cpu')
     records = [json.loads(line) for line in open(next((tmp_path / 'eval').glob('eval_*.jsonl')))][1:]
-    assert len(records) == 312 and all(s['score'] == 0 and not s['correct'] for r in records[310:] for s in r['samples'])
+    assert len(records) == 6 and all(s['score'] == 0 and not s['correct'] for r in records[4:] for s in r['samples'])
     done = script('ppo.py', f'--task={tmp_path}', f'--init_from={coin}/policy', f'--out_dir={tmp_path}/ppo', '--reward=prm', '--refine=clip',
-                  f'--reward_model={judges}/prm', *PPO, '--eval_problems=256', '--n_rollouts=8', '--minibatch=8', '--n_iterations=1', '--eta_quantile=0.5')
+                  f'--reward_model={judges}/prm', *PPO, '--n_rollouts=8', '--minibatch=8', '--n_iterations=1', '--eta_quantile=0.5')
     assert 'eta = ' in done.stdout
