@@ -155,9 +155,9 @@ def completion(solution):
 # ---- Answer check ----
 
 NUMBER = re.compile(r'([-+$£€\s]*)([.,]?[0-9][0-9.,]*)(?:/([0-9][0-9.,]*))?'
-                    # there the number ends: 1e5, 1/2/3, 9^2, 9{.}5, 2\sqrt{3}, 3\ 4 are none; 18\text{ kg} is 18
-                    r'(?![0-9.,]*(?:(?:[eE/][-+]?)?[0-9]|\^|_?\{|(?:\\[!,;: ]|~)(?:\\[!,;: ]|[~ ])*[0-9]|'
-                    r'\\(?!(?:text|mathrm)[a-z]*\{[^{}0-9]*\} ?(?![0-9]))[A-Za-z]))(?: ?%)?')
+                    # there the number ends: 1e5, 1/2/3, 9^2, 9{.}5, 3\ 4, 2 \sqrt{3} are none; 18\text{ kg} is 18
+                    r'(?![0-9.,]*(?:(?:[eE/][-+]?)?[0-9]|\^|_?\{| ?(?:\\[!,;: ]|~)(?:\\[!,;: ]|[~ ])*[0-9]|'
+                    r' ?\\(?!(?:text|mathrm)[a-z]*\{[^{}0-9]*\}(?![0-9])|boxed|end|q?quad)[A-Za-z]))(?: ?%)?')
 DIGITS = re.compile(r'(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)?(?:\.[0-9]+)?')
 MINUS = str.maketrans('\u2212\u2013', '--')  # the minus sign and the en dash
 # LaTeX: 1{,}800 and 1,\!800; 12\,000; \frac{a}{b}, also after a whole number, but with no other digits beside it

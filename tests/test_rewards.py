@@ -78,6 +78,7 @@ LATEX = [
     (r'12\,000\,5', None, '12000 5'), (r'1{,}2', None, '1,2'), (r'9{.}5', None, '9{.}5'), (r'1\text{2}', None, r'1\text{2}'),
     (r'1\text{}2', None, r'1\text{}2'), (r'1\frac{5}{4}', None, r'1\frac{5}{4}'), (r'1.5\frac12', None, r'1.5\frac12'), (r'\frac456', None, r'\frac456'),
     (r'\frac{4}{5}6', None, r'\frac{4}{5}6'), (r'1,\frac{234}{5}', '1', '1, 234/5'), (r'(1,\frac{2}{4})', None, '(1,2/4)'),
+    (r'1 \frac{5}{4}', None, r'1\frac{5}{4}'), (r'9 \,500', None, '9 500'), (r'2 \times 10', None, r'2\times10'), (r'18 \quad', '18', r'18\quad'),
     ('9^2', None, '9^2'), (r'2\sqrt{3}', None, r'2\sqrt{3}'), (r'000\,\!500', None, '000 500'), (r'1\text{1{,}000}', None, r'1\text{1,000}'),
 ]
 TABLE += [('#### ' + text, after) for text, after, _ in LATEX] + [(rf'\boxed{{{text}}}', within) for text, _, within in LATEX]
