@@ -125,7 +125,9 @@ if __name__ == '__main__':
         check_same_tokenizer(load_tokenizer(base, conditioned=False), tok, f'{base} and {policy_from}')
     if reward not in ('sparse', 'orm') or (reward == 'orm') != bool(reward_model):
         raise UserError("reward is 'sparse', or 'orm' with a reward_model")
-    scorer = rewards.load_reward_model(reward_model, policy.config, tok, device, dtype, kinds=('orm',)) if reward == 'orm' else None
+    scorer = None
+    if reward == 'orm':
+        scorer = rewards.load_reward_model(reward_model, policy.config, tok, device, dtype, kinds=('orm',))
     room = policy.config.block_size - max_new_tokens
     too_long = sum(len(tok.encode_prompt(rewards.prompt(p.question, demonstrations))) > room for p in questions) if few_shot else 0
     if too_long == len(questions):

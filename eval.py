@@ -86,7 +86,7 @@ def weighted_at_k(answers, scores, correct):
         if a is not None:
             total[a] = total.get(a, 0.0) + s
     right = {correct} if isinstance(correct, str) else {a for a, c in zip(answers, correct) if c}
-    return float(max(total, key=total.get) in right) if total else 0.0  # max keeps the order of first appearance among equals
+    return float(max(total, key=total.get) in right) if total else 0.0  # max takes the first among equals
 
 
 def unique_equations(samples):
@@ -103,8 +103,9 @@ def judge(sample, problem, tokenizer, stop=()):
     text = tokenizer.decode(sample.ids)
     for s in stop:
         text = text.split(s)[0]
-    return {'text': text, 'answer': rewards.extract_answer(text) if sample.finished else None, 'tokens': len(sample.ids),
-            'finished': sample.finished, 'correct': sample.finished and rewards.is_correct(text, problem.answer)}
+    return {'text': text, 'answer': rewards.extract_answer(text) if sample.finished else None,
+            'correct': sample.finished and rewards.is_correct(text, problem.answer),
+            'tokens': len(sample.ids), 'finished': sample.finished}
 
 
 def overlap(before, after):
@@ -186,7 +187,8 @@ def summarize(records):
     K = len(records[0]['samples'])
     if K:
         correct = [[s['correct'] for s in r['samples']] for r in records]
-        answers = [[s['answer'] if s['finished'] else None for s in r['samples']] for r in records]  # older records have one then
+        # of unfinished samples, older records have answers
+        answers = [[s['answer'] if s['finished'] else None for s in r['samples']] for r in records]
         if K > 1:  # maj@1 is the greedy sample's
             values[f'maj@{K}'] = [maj_at_k(a, c) for a, c in zip(answers, correct)]
         if all('score' in s for r in records for s in r['samples']):
@@ -263,7 +265,8 @@ def compare(folders):
         def problem(r):  # two problems may have one question
             return r.get('index'), r['question'], r['answer']
         before = {problem(r): r for r in records.get((first, t), [])}
-        both = {f: [(before[problem(r)], r) for r in records.get((f, t), []) if problem(r) in before] for f in folders[1:]}
+        both = {f: [(before[problem(r)], r) for r in records.get((f, t), []) if problem(r) in before]
+                for f in folders[1:]}
         for folder, pairs in both.items():
             if pairs and all(r['samples'] for pair in pairs for r in pair):
                 print(f'\n{t}, {folder}: ' + explored(first, pairs))

@@ -293,8 +293,8 @@ if __name__ == '__main__':
     if reward not in ('prm', 'orm_dense') and (refine != 'none' or eta_quantile):
         raise UserError("refine and eta_quantile are for reward = 'prm' or 'orm_dense'")
     if reward_truncated > reward_wrong or alpha < 0:
-        raise UserError(f'reward_truncated = {reward_truncated} must not be above reward_wrong = {reward_wrong}, nor alpha below 0: '
-                        f'else running to the budget would pay')
+        raise UserError(f'reward_truncated = {reward_truncated} must not be above reward_wrong = {reward_wrong}, nor alpha '
+                        'below 0: else running to the budget would pay')
     if not (0 <= backtrack <= 1 and 0 <= replay < 1 and 0 <= eta_quantile <= 1 and 0 < replay_beta and 0 <= replay_staleness <= 1):
         raise UserError('backtrack, eta_quantile and replay_staleness are from 0 to 1, replay from 0 to below 1, replay_beta above 0')
     policy_from = read_run(out_dir)['init_from'] if resume else init_from
@@ -310,8 +310,10 @@ if __name__ == '__main__':
         rewards.check_context(reference.config, policy.config, f'ref = {ref}')
     if critic_from:
         check_same_tokenizer(load_tokenizer(critic_from, conditioned=False), tok, f'critic_from = {critic_from} and {policy_from}')
-    kinds = ('prm',) if reward == 'prm' else ('orm',)
-    scorer = rewards.load_reward_model(reward_model, policy.config, tok, device, dtype, policy.shard, kinds) if learned else None
+    scorer = None
+    if learned:
+        kinds = ('prm',) if reward == 'prm' else ('orm',)
+        scorer = rewards.load_reward_model(reward_model, policy.config, tok, device, dtype, policy.shard, kinds)
     problems = rewards.load_problems(task, 'train')
     if not 0 <= n_questions <= len(problems):
         raise UserError(f'n_questions is from 0 (all) to {len(problems)}, the rows of {task} to train on')
@@ -328,7 +330,7 @@ if __name__ == '__main__':
         print(f'left out: {len(problems) - len(fits)} of {len(problems)} questions, with a prompt longer than {room} tokens')
     problems, longest = fits, max(len(tok.encode_prompt(rewards.prompt(p.question, demonstrations))) for p in fits)
     if reward == 'dense':
-        print(f'{rewards.without_equation(problems):,} of {len(problems):,} references have no equation: no step earns anything there')
+        print(f'{rewards.without_equation(problems):,} of {len(problems):,} references have no equation: their steps earn nothing')
 
     # the value function: a head that starts at zero on the policy's trunk, or a transformer that starts as the policy
     value_model = policy

@@ -228,8 +228,9 @@ def extract_answer(text):
     r"""
     The final answer of a solution as a string with one spelling a value ('18.0', '018' and '18' are '18'), or None.
     The last "####" of the text decides, alone: a number must follow it on its line. Only where there is no "####" does the
-    last \boxed{...} count: a number in the same notations, and \boxed{\text{18}} and \boxed{1 / 2} too, or any other text, such
-    as \boxed{1 2}, \boxed{1, 234} and \boxed{1 1/2}: what stands apart is never joined to a number. Linear in the text's length.
+    last \boxed{...} count: a number in the same notations, and \boxed{\text{18}} and \boxed{1 / 2} too, or any other text,
+    such as \boxed{1 2}, \boxed{1, 234} and \boxed{1 1/2}: what stands apart is never joined to a number. Linear in the
+    text's length.
 
     after ####                                      answer    why
     18  ####18  18.0  18.  018  +18  $18            18        one value, one spelling
@@ -418,8 +419,8 @@ def dense_rewards(responses):
     """The heuristic of Havrilla et al. 2024: a step whose result equals one of the reference solution's results that are still
     ahead earns 1 / (number of reference results), on its last token. The first such result is the one that it meets: those
     before it count as passed, skipped or merged into this step, and earn nothing any more. So each result is met at most once,
-    a solution earns 1 at most, and a step that repeats another or leads elsewhere earns nothing, nor does one that the budget
-    cut off, perhaps within a number."""
+    a solution earns 1 at most, and a step that repeats another or leads elsewhere earns nothing, nor does one that the
+    budget cut off, perhaps within a number."""
     values = []
     for r in responses:
         wanted, earned = results(r.problem.solution), []
@@ -435,7 +436,7 @@ def dense_rewards(responses):
 
 
 def step_scores(response, scores):
-    """(K,) a learned model's scores of its K steps. scores: (n,), one an action. A last step that the budget cut off counts 0."""
+    """(K,) a learned model's scores of its K steps. scores: (n,), one an action. A step that the budget cut off counts 0."""
     found = scores[step_ends(response)]
     if not response.finished:
         found[-1] = 0.0
@@ -484,8 +485,9 @@ def prm_rewards(responses, scores, refine='none', eta=0.0):
 
 
 def score_quantile(lines, scores, q):
-    """The q-quantile of the scores of steps that do not end their solution, as Clip's eta: Delta pays nothing for the last step,
-    which holds the answer. lines: step_lines of each solution, also of an empty one; scores: for each (n,). UserError if none."""
+    """The q-quantile of the scores of steps that do not end their solution, as Clip's eta: Delta pays nothing for the last
+    step, which holds the answer. lines: step_lines of each solution, also of an empty one; scores: for each (n,). UserError
+    where there is no such step."""
     found = torch.cat([torch.zeros(0)] + [s[[end for end, _ in row[:-1]]] for row, s in zip(lines, scores)])
     if not len(found):
         raise UserError('eta_quantile: no sampled solution has a step before its last; set eta')
@@ -497,7 +499,8 @@ def score_quantile(lines, scores, q):
 def check_context(config, policy, name):
     """UserError if a model reads fewer tokens than the policy writes. config, policy: their ModelConfigs."""
     if config.block_size < policy.block_size:
-        raise UserError(f'{name} has a context of {config.block_size} tokens, shorter than the policy\'s {policy.block_size}')
+        raise UserError(f'{name} has a context of {config.block_size} tokens, shorter than the policy\'s '
+                        f'{policy.block_size}')
 
 
 def load_reward_model(path, policy, tokenizer, device, dtype=torch.float32, shard='none', kinds=('orm', 'prm')):
@@ -508,7 +511,8 @@ def load_reward_model(path, policy, tokenizer, device, dtype=torch.float32, shar
     if model.value_head is None:
         raise UserError(f'{path} is no reward model: it has no scalar head (python rewards.py config/demo_orm.py trains one)')
     if model.head_kind not in kinds:
-        raise UserError(f'the scalar head of {path} is of kind {model.head_kind or "unknown, an old file"}, not {" or ".join(kinds)}')
+        raise UserError(f'the scalar head of {path} is of kind {model.head_kind or "unknown, an old file"}, not '
+                        f'{" or ".join(kinds)}')
     check_context(model.config, policy, f'the reward model {path}')
     return model.requires_grad_(False)
 
