@@ -523,7 +523,7 @@ def score(model, examples, max_tokens, dtype=torch.float32):
     prompt: a list of (n,) fp32 on the CPU, n = len(ids) - n_prompt, the t-th one having read the t-th token. A row that is
     longer than the model's context has scores of 0."""
     scores = {}
-    fits = [i for i, e in enumerate(examples) if e.n_prompt < len(e.ids) <= model.config.block_size]
+    fits = [i for i, e in enumerate(examples) if len(e.ids) <= model.config.block_size]
     for micro, weight in my_micro_batches(fits, max_tokens, lambda i: len(examples[i].ids)):
         ids, actions = collate([examples[i] for i in micro], model.embed.weight.device, model.config.block_size)
         cells = real_cells([len(examples[i].ids) for i in micro], ids.shape[1], ids.device)

@@ -57,6 +57,7 @@ def test_a_vote_counts_the_answers_of_finished_samples():
     for order in set(itertools.permutations(['18...', '18', '18', '7'])):
         found = metrics(*order)
         assert found['maj@4'] == found['pass@4'] == 1
+    assert maj_at_k(['18', '18', '7'], [False, True, False]) == weighted_at_k(['18', '18', '7'], [1, 1, 1], [False, True, False]) == 1
     assert samples_of(Decodes(), '#### 1...')[0]['answer'] is None  # perhaps it was 18
     assert metrics('1...', '1...', '18')['maj@3'] == 1 and metrics('18...', '18...', '7')['maj@3'] == 0
     older = [{'answer': '1', 'correct': False, 'finished': False}] * 2 + [{'answer': '18', 'correct': True, 'finished': True}]

@@ -509,6 +509,7 @@ def test_rows_that_cannot_be_scored_have_scores_of_0(model, bpe):
     for a, b in zip(found[1::2], rewards.score(judge, rows[:2], 1000)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     assert [len(s) for s in rewards.score(judge, [long, empty], 1000)] == [3, 0]
+    assert [len(s) for s in rewards.score(judge, [Example([3] * 5, 5)], 1000)] == [0]
 
 
 def test_a_checkpoint_says_what_its_scalar_head_is(bpe, tmp_path):
