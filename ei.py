@@ -18,14 +18,17 @@ $ torchrun --nproc_per_node=8 ei.py config/gsm8k_llama2_7b_ei.py    # eight
 """
 import os
 import shutil
+from collections import Counter
+from itertools import islice
 
 import torch
 
 import eval as evaluation
 import rewards
 from config import Log, UserError, listen_for_stop, override, read_run, resuming, start_run
-from model import Transformer, config_from_hf, find_checkpoint, from_main, memory_needed, rank, read_json, setup, wait_for_main
-from sample import Example, Sampler, check_same_tokenizer, load_tokenizer
+from model import (Transformer, config_from_hf, disk_needed, find_checkpoint, from_main, memory_needed, rank, read_json, setup,
+                   wait_for_main)
+from sample import Example, Sampler, check_room, check_same_tokenizer, load_tokenizer
 from sft import finetune, n_learned, solution_examples
 
 # -----------------------------------------------------------------------------
@@ -46,7 +49,7 @@ temperature = 1.0         # paper: 1.0 (as recalled); no top-k, no top-p: what i
 max_new_tokens = 256      # budget of a sample; one that does not finish is not kept
 reward = 'sparse'         # the return that filters: 'sparse', 1 for the right answer, or 'orm', the score of reward_model
 reward_model = ''         # an outcome reward model's run (python rewards.py config/demo_orm.py), for reward = 'orm'
-tau = 1.0                 # solutions with a return of at least this are kept; with 'orm' below 1, e.g. 0.8
+tau = 1.0                 # solutions with a return of at least this are kept; with 'orm' below 1, which no score reaches, e.g. 0.8
 max_per_question = 0      # solutions kept for a question over all rounds, the first ones; 0: no cap
 max_rows = 256            # samples decoded at a time
 # fine-tuning, as in sft.py
@@ -94,6 +97,23 @@ def select(records, seen, n_kept, cap, tau=1.0):
     return kept
 
 
+def with_returns(found, prompt_ids, chunk, scorer=None, micro_tokens=16384, dtype=torch.float32):
+    """Adds its return to every record: whether the answer is right, or with a scorer its score, for `chunk` questions at a time.
+
+    found: yields the records of each question (eval.explore); prompt_ids: the questions' ids. Yields as found does."""
+    pairs = zip(prompt_ids, found)
+    while some := list(islice(pairs, chunk)):
+        flat = [record for _, records in some for record in records]
+        for record in flat:
+            record['return'] = float(record['correct'])
+        if scorer is not None:
+            rows = [Example(ids + r['ids'], len(ids)) for ids, records in some for r in records]
+            for record, scored in zip(flat, evaluation.with_scores(flat, rewards.score(scorer, rows, micro_tokens, dtype))):
+                record['return'] = scored['score']
+        for _, records in some:
+            yield records
+
+
 if __name__ == '__main__':
     settings = override(globals())
     device, dtype = setup(device, dtype, seed)
@@ -115,16 +135,19 @@ if __name__ == '__main__':
     if not 0 <= few_shot < len(val_problems):
         raise UserError(f'few_shot is from 0 to {len(val_problems) - 1}: the examples are the first rows of the validation slice')
     demonstrations, val_problems = val_problems[:few_shot], val_problems[few_shot:][:eval_problems]
-    worked = problems[:n_worked or None]
+    worked = problems[:n_worked or None] if include_sft else []
     questions = problems[:n_questions or None]
     policy_from = read_run(out_dir)['init_from'] if resume else init_from
     tok = load_tokenizer(policy_from, conditioned=False)
     policy = Transformer.from_pretrained(policy_from, device, dtype)
+    learner = policy.config  # the shape of what is fine-tuned, and draws from the second round on
     if reset == 'base':
-        config_from_hf(read_json(os.path.join(find_checkpoint(base), 'config.json')), base)  # not after hours of sampling
+        learner = config_from_hf(read_json(os.path.join(find_checkpoint(base), 'config.json')), base)  # not after hours of sampling
         check_same_tokenizer(load_tokenizer(base, conditioned=False), tok, f'{base} and {policy_from}')
     if reward not in ('sparse', 'orm') or (reward == 'orm') != bool(reward_model):
         raise UserError("reward is 'sparse', or 'orm' with a reward_model")
+    if reward == 'orm' and tau >= 1:
+        raise UserError(f"tau = {tau} with reward = 'orm' keeps nothing: a score is below 1")
     scorer = None
     if reward == 'orm':
         scorer = rewards.load_reward_model(reward_model, policy.config, tok, device, dtype, kinds=('orm',))
@@ -132,26 +155,33 @@ if __name__ == '__main__':
     too_long = sum(len(tok.encode_prompt(rewards.prompt(p.question, demonstrations))) > room for p in questions) if few_shot else 0
     if too_long == len(questions):
         raise UserError(f'few_shot = {few_shot} and max_new_tokens = {max_new_tokens}: no question fits the context of {policy.config.block_size}')
+    prompt_ids = [tok.encode_prompt(rewards.prompt(p.question)) for p in questions]
+    check_room(prompt_ids, max_new_tokens, min(policy.config.block_size, learner.block_size))
+    for shown, block_size in ((demonstrations, policy.config.block_size), ((), learner.block_size)):
+        check_room([tok.encode_prompt(rewards.prompt(p.question, shown)) for p in val_problems], max_new_tokens, block_size)
     start_run(settings, resume, overwrite)
     listen_for_stop()
     log = Log(out_dir, resume)
     print(f'{len(questions):,} questions * {k} samples * {n_rounds} rounds = {len(questions) * k * n_rounds:,} samples; '
-          f'D_0 has {len(worked) if include_sft else 0:,} worked solutions')
+          f'D_0 has {len(worked):,} worked solutions')
+    print(disk_needed(learner, n_rounds + 1, 0, lora_rank))
 
     if few_shot:
         if too_long:
             print(f'{too_long:,} of the questions are too long to be sampled with {few_shot} examples; they wait for the second round')
         maj1, error = evaluation.greedy_accuracy(Sampler(policy, tok, max_rows, dtype), val_problems, max_new_tokens, demonstrations)
         log(0, prompted_maj1=maj1, prompted_maj1_error=error)
-    prompt_ids = [tok.encode_prompt(rewards.prompt(p.question)) for p in questions]
 
     # D_0. The ids of a sampled solution go into the data set as they were drawn, never decoded and encoded again (but for those
     # after worked examples, which have to be cut where the next question begins).
-    dataset = solution_examples(worked, tok) if include_sft else []
-    seen = [set() for _ in questions]
-    if include_sft:
-        for i, p in enumerate(worked[:len(questions)]):
-            seen[i].add(solution_key(p.solution))
+    dataset, seen = [], [set() for _ in questions]
+    for i, (p, e) in enumerate(zip(worked, solution_examples(worked, tok))):
+        if len(e.ids) <= learner.block_size + 1:
+            dataset.append(e)
+            if i < len(questions):
+                seen[i].add(solution_key(p.solution))
+    if len(dataset) < len(worked):
+        print(f'left out: {len(worked) - len(dataset)} of {len(worked)} worked solutions, longer than the context of {learner.block_size}')
     n_kept, updates, drawn, best, previous = [0] * len(questions), 0, 0, -1.0, policy_from
 
     for round in range(1, n_rounds + 1):
@@ -164,35 +194,30 @@ if __name__ == '__main__':
                                    temperature, seed * 1000 + round, f'round {round}: explore',
                                    demonstrations if round == 1 else ())
         drawn += len(questions) * k
-        flat = [record for records in found for record in records]
-        share_correct = sum(r['correct'] for r in flat) / len(flat)
-        share_truncated = sum(not r['finished'] for r in flat) / len(flat)
-        if share_truncated > 0.2:
-            print(f'warning: {100 * share_truncated:.0f}% of the samples did not finish within max_new_tokens = {max_new_tokens}')
-        # 2. filter by the return, by default that of the final answer, and 3. de-duplicate
-        for record in flat:
-            record['return'] = float(record['correct'])
-        if reward == 'orm':
-            rows = [Example(ids + r['ids'], len(ids)) for ids, records in zip(prompt_ids, found) for r in records]
-            for record, scored in zip(flat, evaluation.with_scores(flat, rewards.score(scorer, rows, micro_tokens, dtype))):
-                record['return'] = scored['score']
-        n_new, n_right = 0, 0
-        for i in range(len(questions)):
-            kept = select(found[i], seen[i], n_kept[i], max_per_question, tau)
+        # 2. filter by the return, by default that of the final answer, and 3. de-duplicate, a question at a time
+        counts, chunk = Counter(), max(1, 4 * max_rows // k)
+        for i, records in enumerate(with_returns(found, prompt_ids, chunk, scorer, micro_tokens, dtype)):
+            fit = [r for r in records if r['return'] < tau or len(prompt_ids[i]) + len(r['ids']) <= learner.block_size + 1]
+            kept = select(fit, seen[i], n_kept[i], max_per_question, tau)
             # 4. accumulate: D_i = R_i + D_{i-1}
             dataset += [Example(prompt_ids[i] + record['ids'], len(prompt_ids[i])) for record in kept]
             n_kept[i] += len(kept)
-            n_new += len(kept)
-            n_right += sum(record['correct'] for record in kept)
-        if not n_new:
+            counts.update(samples=len(records), correct=sum(r['correct'] for r in records), truncated=sum(not r['finished'] for r in records),
+                          equations=evaluation.unique_equations(records), solved=any(r['correct'] for r in records),
+                          too_long=len(records) - len(fit), new=len(kept), new_right=sum(r['correct'] for r in kept))
+        share_truncated = counts['truncated'] / counts['samples']
+        if share_truncated > 0.2:
+            print(f'warning: {100 * share_truncated:.0f}% of the samples did not finish within max_new_tokens = {max_new_tokens}')
+        if counts['too_long']:
+            print(f'left out: {counts["too_long"]:,} of {counts["samples"]:,} samples, longer than the context of {learner.block_size}')
+        if not counts['new']:
             print(f'round {round}: no new solution has a return of {tau} or more')
         if not dataset:
-            raise UserError(f'round {round}: none of {len(flat):,} samples {"is right" if reward == "sparse" else f"scores {tau}"}, so that there '
+            raise UserError(f'round {round}: none of {counts["samples"]:,} samples {"is right" if reward == "sparse" else f"scores {tau}"}, so that there '
                             f'is nothing to learn from ({100 * share_truncated:.0f}% of them did not finish within {max_new_tokens} tokens)')
-        log(updates, round=round, samples_drawn=drawn, share_correct=share_correct, share_truncated=share_truncated,
-            unique_equations=sum(evaluation.unique_equations(records) for records in found) / len(found),
-            solved=sum(any(r['correct'] for r in records) for records in found) / len(found), new_solutions=n_new,
-            new_right=n_right / max(1, n_new), dataset=len(dataset), dataset_tokens=n_learned(dataset))
+        log(updates, round=round, samples_drawn=drawn, share_correct=counts['correct'] / counts['samples'], share_truncated=share_truncated,
+            unique_equations=counts['equations'] / len(questions), solved=counts['solved'] / len(questions), new_solutions=counts['new'],
+            new_right=counts['new_right'] / max(1, counts['new']), dataset=len(dataset), dataset_tokens=n_learned(dataset))
 
         # 5. distil: fine-tune from the base again, unless a stopped run had done it
         if from_main(lambda: os.path.exists(os.path.join(round_dir, 'config.json'))):

@@ -28,7 +28,7 @@ from math import comb
 import numpy as np
 
 import rewards
-from config import UserError, bar, leave, listen_for_stop, override, read_rows, write_rows
+from config import UserError, bar, iterate_rows, leave, listen_for_stop, override, write_rows
 from model import Transformer, asked_to_stop, find_checkpoint, from_main, rank, setup, world_size
 from sample import Example, Sampler, answer, first_numbers, load_tokenizer, refuse_too_long
 
@@ -123,20 +123,20 @@ def answered_example(problem, text, tokenizer):
 
 
 def explore(sampler, problems, path, k, max_new_tokens, temperature, seed, desc, examples=()):
-    """Draws k samples of each problem and returns them as [[record]], a list a problem; a record is judge's plus 'ids', a completion
-    to learn from. Where a base model was shown worked examples these end with the answer's line and an EOS, whatever came then.
+    """Draws k samples of each problem and yields them as [record], a list a problem (samples_of); a record is judge's plus 'ids', a
+    completion to learn from. Where a base model was shown worked examples these end with the answer's line and an EOS, whatever came then.
 
     Each problem is a line of the file `path`, written as it comes. What is there already is not drawn again; since a
     sample depends on seed and question alone, an exploration in pieces, or spread over processes, equals one in a single go."""
-    rows, stop, tok = from_main(lambda: read_rows(path)), (rewards.NEXT_QUESTION,) if examples else (), sampler.tokenizer
+    n_rows, stop, tok = sum(1 for _ in samples_of(path, problems)), (rewards.NEXT_QUESTION,) if examples else (), sampler.tokenizer
     prompts = [tok.encode_prompt(rewards.prompt(p.question, examples)) for p in problems]
     refuse_too_long(sampler, prompts, max_new_tokens)
     first = first_numbers(prompts, k)
     with open(path if rank() == 0 else os.devnull, 'a', encoding='utf-8') as f:
         chunk = world_size() * max(1, 4 * sampler.max_rows // k)  # problems a time: enough to fill some batches
         progress = bar(desc=desc, total=len(problems))
-        progress.update(len(rows))
-        for i in range(len(rows), len(problems), chunk):
+        progress.update(n_rows)
+        for i in range(n_rows, len(problems), chunk):
             todo = problems[i:i + chunk]
             samples = answer(sampler, prompts[i:i + chunk], k, max_new_tokens, temperature, first[i:i + chunk], stop=stop, seed=seed)
             for j, p in enumerate(todo):
@@ -145,18 +145,27 @@ def explore(sampler, problems, path, k, max_new_tokens, temperature, seed, desc,
                     for record in records:
                         row = answered_example(p, record['text'], tok)
                         record['ids'] = row.ids[row.n_prompt:]
-                rows.append({'question': p.question, 'samples': records})
-                f.write(json.dumps(rows[-1]) + '\n')
+                f.write(json.dumps({'question': p.question, 'samples': records}) + '\n')
             f.flush()
             progress.update(len(todo))
             if asked_to_stop():
                 progress.close()
-                leave(f' after the samples of {len(rows):,} of {len(problems):,} questions')
+                leave(f' after the samples of {i + len(todo):,} of {len(problems):,} questions')
         progress.close()
-    for row, p in zip(rows, problems):
+    return samples_of(path, problems)
+
+
+def samples_of(path, problems):
+    """Yields what `path` holds of the problems, a list of records for each: from the disk, a question at a time, since those of all
+    questions take gigabytes in every process. Every process has to take each of them. UserError if they are of other questions."""
+    rows = iterate_rows(path)  # read by process 0 alone, for all
+    for p in problems:
+        row = from_main(lambda: next(rows, None))
+        if row is None:
+            return
         if row['question'] != p.question:
             raise UserError(f'{path} holds samples of other questions; start with --overwrite')
-    return [row['samples'] for row in rows]
+        yield row['samples']
 
 
 def with_scores(records, scores):

@@ -1320,6 +1320,20 @@ def memory_needed(models, dtype, micro_tokens, longest, max_rows=0, longest_prom
     return f'memory of a process at most about {size_text(always + max(learning, copy + packed + cache))}: {text}'
 
 
+def disk_needed(config, n_exports, keep_states=0, lora_rank=0, n_learners=1):
+    """A line of arithmetic: the bytes that a run's states and checkpoints take on the disk. A state has the weights that learn and Adam's
+    two averages in fp32; a new one is written beside the two that stay while the run goes on, and keep_states of them stay when it has
+    finished. n_exports: checkpoints, in fp32 at most, adapters merged. n_learners: transformers that learn, of equal shape."""
+    with torch.device('meta'):
+        model = Transformer(config)
+        export = 4 * model.n_params()
+        if lora_rank:
+            model.add_lora(lora_rank)
+    state = 12 * n_learners * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return (f'disk at most about {size_text(3 * state + n_exports * export)}, {size_text(keep_states * state + n_exports * export)} when '
+            f'finished: up to 3 states of {size_text(state)}, then {keep_states}, and {n_exports} checkpoints of {size_text(export)}')
+
+
 def size_text(n_bytes):
     return f'{n_bytes / 2 ** 30:.1f} GiB' if n_bytes >= 2 ** 30 else f'{n_bytes / 2 ** 20:.0f} MiB'
 
@@ -1398,14 +1412,18 @@ class Checkpoints:
                 with open(os.path.join(tmp, 'sha256.json'), 'w') as f:
                     json.dump(sums, f)
                 replace_folder(tmp, path)
-                for old in self.steps()[:-2]:
-                    shutil.rmtree(os.path.join(self.folder, old), ignore_errors=True)
+                self.keep(2)
             from_main(finish)
         except (Exception, CheckpointException) as error:  # a full disk, most often; CheckpointException is none of the Exceptions
             shutil.rmtree(tmp, ignore_errors=True)
             cause = error.__cause__ or error.__context__ or error
             raise UserError(f'{path}: the state was not written ({first_line(error)}; {first_line(cause)}); those before it are whole: '
                             f'{", ".join(self.steps()) or "none"}') from None
+
+    def keep(self, n):
+        """Removes all states but the newest n; process 0 does."""
+        for old in self.steps()[:-n or None] if rank() == 0 else []:
+            shutil.rmtree(os.path.join(self.folder, old), ignore_errors=True)
 
     def keep_batch(self, step, examples):
         """Writes the token ids of a batch for inspection, and says where."""

@@ -31,9 +31,10 @@ import torch
 import eval as evaluation
 import rewards
 from config import Log, UserError, bar, leave, listen_for_stop, override, read_rows, read_run, resuming, start_run, write_rows
-from model import (Checkpoints, Transformer, asked_to_stop, autocast, backward, enough_memory, finish_gradients, from_all, from_main, learning_rate,
-                   make_optimizer, memory_needed, rank, setup, sum_over_processes)
-from sample import Example, Sampler, action_logprobs, answer, check_same_tokenizer, collate, load_tokenizer, my_micro_batches, real_cells
+from model import (Checkpoints, Transformer, asked_to_stop, autocast, backward, disk_needed, enough_memory, finish_gradients, from_all, from_main,
+                   learning_rate, make_optimizer, memory_needed, rank, setup, sum_over_processes)
+from sample import (Example, Sampler, action_logprobs, answer, check_room, check_same_tokenizer, collate, load_tokenizer,
+                    my_micro_batches, real_cells)
 
 # -----------------------------------------------------------------------------
 # data
@@ -102,6 +103,7 @@ save_interval = 10        # iterations between states that a stopped run goes on
 eval_problems = 256       # problems of the validation slice for maj@1
 show = 2                  # samples printed in an iteration, with their steps' rewards
 # run
+keep_states = 1           # states that stay when the run has finished, e.g. to go on with more iterations; 0: none
 out_dir = 'out/ppo'
 overwrite = False         # replace the run that out_dir holds
 seed = 0
@@ -279,6 +281,8 @@ if __name__ == '__main__':
     if min(n_iterations, n_rollouts, n_per_question, epochs, minibatch, micro_tokens, eval_interval, save_interval, eval_problems) < 1:
         raise UserError('n_iterations, n_rollouts, n_per_question, epochs, minibatch, micro_tokens, eval_interval, save_interval and '
                         'eval_problems must be at least 1')
+    if keep_states < 0:
+        raise UserError('keep_states is 0 or more')
     if temperature <= 0:
         raise UserError('temperature must be above 0: the greedy policy has no probability ratio')
     if n_rollouts % minibatch or n_rollouts % n_per_question:
@@ -328,6 +332,7 @@ if __name__ == '__main__':
         raise UserError(f'max_new_tokens = {max_new_tokens} leaves room for {room} tokens, and no question has so few')
     if len(fits) < len(problems):
         print(f'left out: {len(problems) - len(fits)} of {len(problems)} questions, with a prompt longer than {room} tokens')
+    check_room([tok.encode_prompt(rewards.prompt(p.question, demonstrations)) for p in val_problems], max_new_tokens, policy.config.block_size)
     problems, longest = fits, max(len(tok.encode_prompt(rewards.prompt(p.question, demonstrations))) for p in fits)
     if reward == 'dense':
         print(f'{rewards.without_equation(problems):,} of {len(problems):,} references have no equation: their steps earn nothing')
@@ -381,6 +386,7 @@ if __name__ == '__main__':
     print(f'{n_iterations} iterations * {n_picked} questions * {n_per_question} samples = {n_iterations * n_rollouts:,} samples; '
           f'{n_iterations} * {epochs} epochs * {n_minibatches} minibatches = {n_updates:,} updates')
     print(memory_needed(list(models.values()), dtype, micro_tokens, longest + max_new_tokens, max_rows, longest, max_new_tokens))
+    print(disk_needed(policy.config, 2, keep_states, lora_rank, 2 if separate else 1))
     exact = device.type == 'cpu' and dtype == torch.float32  # no bf16 and no TF32: two ways to one number agree
     trunk = None
     if policy.shard != 'fsdp' and (compile == 'on' or compile == 'auto' and device.type == 'cuda'):
@@ -609,4 +615,5 @@ if __name__ == '__main__':
         if stops:
             leave(f' after iteration {iteration} of {n_iterations}')
     policy.save_pretrained(os.path.join(out_dir, 'last'), tok)
+    checkpoints.keep(keep_states)
     print(f'best policy by validation maj@1 ({state["best"]:.3f}): {out_dir}/best')

@@ -28,9 +28,9 @@ import torch
 import eval as evaluation
 import rewards
 from config import Log, UserError, bar, leave, listen_for_stop, override, read_rows, read_run, resuming, start_run
-from model import (Transformer, asked_to_stop, config_from_hf, find_checkpoint, from_main, memory_needed, rank, read_json, setup,
-                   wait_for_main, world_size)
-from sample import Example, Sampler, check_same_tokenizer, load_tokenizer
+from model import (Checkpoints, Transformer, asked_to_stop, config_from_hf, disk_needed, find_checkpoint, from_main, memory_needed, rank,
+                   read_json, setup, wait_for_main, world_size)
+from sample import Example, Sampler, check_room, check_same_tokenizer, load_tokenizer
 from sft import finetune, n_learned, solution_examples
 
 # -----------------------------------------------------------------------------
@@ -74,6 +74,7 @@ save_interval = 0         # updates between states that a stopped run goes on fr
 eval_interval = 0         # updates between validations; 0: once an epoch
 eval_problems = 256       # problems of the validation slice for maj@1 after [GOOD]
 # run
+keep_states = 1           # states that stay when the run has finished, e.g. to go on with more epochs; 0: none
 out_dir = 'out/rcrl'
 overwrite = False         # replace the run that out_dir holds
 seed = 0
@@ -159,8 +160,8 @@ if __name__ == '__main__':
         raise UserError('k, rollouts and eval_problems must be at least 1, temperature above 0, threshold above 0 and at most 1')
     if not (0 <= right_share <= 1 and 0 <= good_share <= 1 and 0 <= unlabelled < 1):
         raise UserError('right_share and good_share are from 0 (all there is) to 1, unlabelled is from 0 to below 1')
-    if min(batch_size, micro_tokens) < 1 or epochs <= 0:
-        raise UserError('batch_size and micro_tokens must be at least 1, epochs above 0')
+    if min(batch_size, micro_tokens) < 1 or epochs <= 0 or keep_states < 0:
+        raise UserError('batch_size and micro_tokens must be at least 1, epochs above 0, keep_states 0 or more')
     if granularity == 'solution' and good_share:
         raise UserError("with granularity = 'solution' there are no labels of steps: right_share sets the mix")
     if lora_rank and label_tokens == 'new':
@@ -174,14 +175,19 @@ if __name__ == '__main__':
     worked, questions = problems[:n_worked or None] if include_sft else [], problems[:n_questions or None]
     policy_from = read_run(out_dir)['init_from'] if resume else init_from
     tok = load_tokenizer(policy_from, conditioned=False)
-    config_from_hf(read_json(os.path.join(find_checkpoint(base), 'config.json')), base)
+    base_config = config_from_hf(read_json(os.path.join(find_checkpoint(base), 'config.json')), base)
     base_tok = load_tokenizer(base, conditioned=False)
     check_same_tokenizer(base_tok, tok, f'{base} and {policy_from}')
     base_tok.add_labels(granularity, label_tokens == 'new')  # can they be added? Not after hours of sampling
-    sampler = Sampler(Transformer.from_pretrained(policy_from, device, dtype), tok, max_rows, dtype)
+    sampler = Sampler(Transformer.from_pretrained(policy_from, device, dtype).requires_grad_(False), tok, max_rows, dtype)
+    prompts, val_prompts = ([tok.encode_prompt(rewards.prompt(p.question)) for p in some] for some in (questions, val_problems))
+    check_room(prompts, max_new_tokens, sampler.model.config.block_size)
+    check_room(val_prompts, max_new_tokens, base_config.block_size, len(base_tok.labels.good))
     start_run(settings, resume, overwrite)
     listen_for_stop()
     log = Log(out_dir, resume)
+    print(memory_needed([sampler.model], dtype, 0, 0, max_rows, max(map(len, prompts)), max_new_tokens))
+    print(disk_needed(base_config, 2 + (label_tokens == 'new'), keep_states, lora_rank))
 
     # 1. solutions: right ones and wrong ones
     found = evaluation.explore(sampler, questions, os.path.join(out_dir, 'samples.jsonl'), k, max_new_tokens, temperature, seed, 'sample')
@@ -287,5 +293,6 @@ if __name__ == '__main__':
     log(state['step'], **{f'val_maj1_{condition}': accuracy for condition, accuracy in after.items()})
     if rank() == 0:
         shutil.rmtree(os.path.join(out_dir, 'start'), ignore_errors=True)
+    Checkpoints(out_dir).keep(keep_states)
     print(f'maj@1 on the validation slice after [GOOD] {after["good"]:.3f}, after [BAD] {after["bad"]:.3f}, without a label {after["none"]:.3f}: '
           f'{out_dir}/best')

@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 
 from config import Log, UserError, bar, leave, listen_for_stop, override, read_rows, read_run, resuming, start_run
-from model import (Checkpoints, Transformer, asked_to_stop, autocast, backward, config_from_hf, enough_memory, find_checkpoint,
+from model import (Checkpoints, Transformer, asked_to_stop, autocast, backward, config_from_hf, disk_needed, enough_memory, find_checkpoint,
                    finish_gradients, from_all, from_main, learning_rate, make_optimizer, memory_needed, rank, read_json, setup,
                    sum_over_processes, world_size)
-from sample import Sampler, answer, check_same_tokenizer, collate, epoch_order, load_tokenizer, my_micro_batches, real_cells
+from sample import Sampler, answer, check_room, check_same_tokenizer, collate, epoch_order, load_tokenizer, my_micro_batches, real_cells
 
 # -----------------------------------------------------------------------------
 task = 'arithmetic'       # data/<task>/, or a folder with train.jsonl and test.jsonl
@@ -65,6 +65,7 @@ weight_decay = 0.0
 grad_clip = 1.0
 # run
 save_interval = 200       # updates between states that a stopped run goes on from; 0: none
+keep_states = 1           # states that stay when the run has finished, e.g. to go on with more epochs; 0: none
 out_dir = 'out/orm'
 overwrite = False         # replace the run that out_dir holds
 seed = 0
@@ -680,25 +681,31 @@ if __name__ == '__main__':
     for name, allowed in (('kind', ('orm', 'prm')), ('label_at', ('token', 'step')), ('step_label', ('share', 'any'))):
         if settings[name] not in allowed:
             raise UserError(f'{name} is one of {allowed}, not {settings[name]!r}')
-    if min(k, rollouts, heldout, batch_size, micro_tokens) < 1 or temperature <= 0 or epochs <= 0:
-        raise UserError('k, rollouts, heldout, batch_size and micro_tokens must be at least 1, temperature and epochs above 0')
-    resume = from_main(lambda: resuming(init_from, out_dir))
+    if min(k, rollouts, heldout, batch_size, micro_tokens) < 1 or temperature <= 0 or epochs <= 0 or keep_states < 0:
+        raise UserError('k, rollouts, heldout, batch_size and micro_tokens must be at least 1, temperature and epochs above 0, keep_states 0 or more')
+    resume = from_main(lambda: resuming(init_from, out_dir, 'best'))
     policy_from = read_run(out_dir)['init_from'] if resume else init_from
     problems = load_problems(task, 'train')
     if not 0 <= n_questions <= len(problems):
         raise UserError(f'n_questions is from 0 (all) to {len(problems)}, the rows of {task} to train on')
     problems, val_problems = problems[:n_questions or None], load_problems(task, 'val')[:heldout]
     tok = load_tokenizer(policy_from, conditioned=False)
-    sampler = Sampler(Transformer.from_pretrained(policy_from, device, dtype), tok, max_rows, dtype)
+    sampler = Sampler(Transformer.from_pretrained(policy_from, device, dtype).requires_grad_(False), tok, max_rows, dtype)
+    learner = sampler.model.config  # the shape of the reward model
     if base:
-        base_config = config_from_hf(read_json(os.path.join(find_checkpoint(base), 'config.json')), base)
-        check_context(base_config, sampler.model.config, f'base = {base}')
+        learner = config_from_hf(read_json(os.path.join(find_checkpoint(base), 'config.json')), base)
         check_same_tokenizer(load_tokenizer(base, conditioned=False), tok, f'{base} and {policy_from}')
+    check_context(learner, sampler.model.config, f'base = {base}')
+    prompts, val_prompts = ([tok.encode_prompt(prompt(p.question)) for p in some] for some in (problems, val_problems))
+    check_room(prompts, max_new_tokens, learner.block_size)
+    check_room(val_prompts, max_new_tokens, learner.block_size)
     if samples and not (os.path.isfile(samples) and all(len(row['samples']) == k for row in read_rows(samples))):
         raise UserError(f'samples = {samples!r} is no file with k = {k} solutions of each question')
     start_run(settings, resume, overwrite)
     listen_for_stop()
     log = Log(out_dir, resume)
+    print(memory_needed([sampler.model], dtype, 0, 0, max_rows, max(map(len, prompts)), max_new_tokens))
+    print(disk_needed(learner, 1, keep_states, lora_rank))
     if samples and not resume and rank() == 0:
         shutil.copy(samples, os.path.join(out_dir, 'samples_train.jsonl'))
 
@@ -742,11 +749,10 @@ if __name__ == '__main__':
         return rows
 
     # 1. samples and their labels
-    rows, val_rows, context = label(problems, 'train'), label(val_problems, 'val'), sampler.model.config.block_size
-    too_long = sum(len(row.ids) > context for row in rows)
-    if too_long:  # in a given file of samples
-        print(f'left out: {too_long} of {len(rows)} solutions, longer than the context of {context}')
-        rows = [row for row in rows if len(row.ids) <= context]
+    every = label(problems, 'train')
+    rows, val_rows = [row for row in every if len(row.ids) <= learner.block_size], label(val_problems, 'val')
+    if len(rows) < len(every):  # another policy's samples
+        print(f'left out: {len(every) - len(rows)} of {len(every)} solutions, longer than the context of {learner.block_size}')
     known = [x for row in rows for x in row.labels if not math.isnan(x)]
     if len(rows) < batch_size or not val_rows or len(set(known)) < 2:
         raise UserError(f'{len(rows)} solutions to learn from, {len(val_rows)} held out, {len(set(known))} different labels: too few; '
@@ -776,4 +782,5 @@ if __name__ == '__main__':
         heldout_auroc=auroc(scores, right), calibration_error=calibration_error(scores, labels),
         mean_score=sum(scores) / len(scores), mean_label=sum(labels) / len(labels))
     model.save_pretrained(os.path.join(out_dir, 'best'), tok)
+    Checkpoints(out_dir).keep(keep_states)
     print(f'reward model: {out_dir}/best')

@@ -766,7 +766,12 @@ def first_numbers(prompts, k):
 
 def refuse_too_long(sampler, prompts, max_new_tokens):
     """UserError if none of the prompts (lists of ids) leaves room for the budget in the model's context."""
-    shortest, block_size = min(map(len, prompts)) + len(sampler.label), sampler.model.config.block_size
+    check_room(prompts, max_new_tokens, sampler.model.config.block_size, len(sampler.label))
+
+
+def check_room(prompts, max_new_tokens, block_size, n_label=0):
+    """refuse_too_long before there is a sampler. n_label: tokens of the label that it will put behind a prompt."""
+    shortest = min(map(len, prompts)) + n_label
     if shortest + max_new_tokens > block_size:
         raise UserError(f'the shortest prompt, of {shortest} tokens, and max_new_tokens = {max_new_tokens} exceed the context of {block_size} tokens')
 

@@ -20,9 +20,9 @@ import torch
 import eval as evaluation
 import rewards
 from config import Log, UserError, bar, leave, listen_for_stop, override, read_run, resuming, start_run
-from model import (Checkpoints, ModelConfig, Transformer, asked_to_stop, autocast, backward, enough_memory, finish_gradients, from_main,
+from model import (Checkpoints, ModelConfig, Transformer, asked_to_stop, autocast, backward, disk_needed, enough_memory, finish_gradients, from_main,
                    learning_rate, make_optimizer, memory_needed, peak_flops, setup, sharding, sum_over_processes, world_size)
-from sample import (Example, Sampler, action_logprobs, collate, epoch_order, learn_bpe, load_tokenizer, my_micro_batches, n_computed,
+from sample import (Example, Sampler, action_logprobs, check_room, collate, epoch_order, learn_bpe, load_tokenizer, my_micro_batches, n_computed,
                     padded_length, real_cells)
 
 # -----------------------------------------------------------------------------
@@ -40,7 +40,7 @@ n_layer = 4
 n_head = 4
 n_kv_head = 4             # < n_head: grouped-query attention
 n_embd = 128
-block_size = 256          # longest sequence of a scratch model, in tokens
+block_size = 512          # longest sequence of a scratch model, in tokens: a question and max_new_tokens
 # optimisation
 epochs = 4.0              # paper: 4 (as recalled)
 max_steps = 0             # updates; 0: as many as `epochs` takes
@@ -63,6 +63,7 @@ eval_problems = 256       # problems of the validation slice (at most its 256) f
 max_new_tokens = 256      # budget of a greedy solution
 max_rows = 256            # samples decoded at a time
 # run
+keep_states = 1           # states that stay when the run has finished, e.g. to go on with more epochs; 0: none
 out_dir = 'out/sft'
 overwrite = False         # replace the run that out_dir holds
 seed = 0
@@ -216,8 +217,8 @@ if __name__ == '__main__':
     val_problems = rewards.load_problems(task, 'val')[:eval_problems]
     if not (text_file or 0 <= n_worked <= len(problems)):
         raise UserError(f'n_worked is from 0 (all) to {len(problems)}, the rows of {task} to train on')
-    if min(eval_problems, texts_per_row) < 1 or keep_epochs < 0:
-        raise UserError('eval_problems and texts_per_row must be at least 1, keep_epochs 0 or more')
+    if min(eval_problems, texts_per_row) < 1 or min(keep_epochs, keep_states) < 0:
+        raise UserError('eval_problems and texts_per_row must be at least 1, keep_epochs and keep_states 0 or more')
     problems = problems[:n_worked or None]
     texts = [rewards.prompt(p.question) + rewards.completion(p.solution) for p in problems]
     if text_file:
@@ -259,6 +260,7 @@ if __name__ == '__main__':
     val_examples = [e for e in val_examples if len(e.ids) <= model.config.block_size + 1]
     if not fits or not val_examples:
         raise UserError(f'no example, or none of those held out, fits the context of {model.config.block_size} tokens')
+    check_room([tok.encode_prompt(rewards.prompt(p.question)) for p in val_problems], max_new_tokens, model.config.block_size)
     start_run(settings, resume, overwrite)
     listen_for_stop()
     log = Log(out_dir, resume)
@@ -267,6 +269,8 @@ if __name__ == '__main__':
           f'{n_steps} updates * {batch_size} = {n_steps * batch_size:,} examples, {n_steps * batch_size / max(1, len(fits)):.1f} epochs')
     print(memory_needed([model], dtype, micro_tokens, max(len(e.ids) for e in fits), max_rows,
                         max(e.n_prompt for e in fits), max_new_tokens))
+    interval = max(1, round(keep_epochs * len(fits) / batch_size)) if keep_epochs else eval_interval  # updates
+    print(disk_needed(model.config, 2 + (math.ceil(n_steps / interval) if keep_epochs else 0), keep_states, lora_rank))
 
     def validate(step):
         """Validation loss and maj@1; keeps best/."""
@@ -286,7 +290,7 @@ if __name__ == '__main__':
     finetune(model, fits, epochs=epochs, max_steps=max_steps, batch_size=batch_size, micro_tokens=micro_tokens, lr=lr, min_lr=min_lr,
              warmup=warmup, weight_decay=weight_decay, grad_clip=grad_clip, seed=seed, dtype=dtype,
              compile=compile == 'on' or compile == 'auto' and device.type == 'cuda', log=log, evaluate=validate,
-             eval_interval=max(1, round(keep_epochs * len(fits) / batch_size)) if keep_epochs else eval_interval,
-             out_dir=out_dir, save_interval=save_interval, state=state, resume=resume)
+             eval_interval=interval, out_dir=out_dir, save_interval=save_interval, state=state, resume=resume)
     model.save_pretrained(os.path.join(out_dir, 'last'), tok)
+    Checkpoints(out_dir).keep(keep_states)
     print(f'best checkpoint: {out_dir}/best, last: {out_dir}/last')

@@ -242,13 +242,18 @@ def leave(what='', resume='--init_from=resume'):
 # -----------------------------------------------------------------------------
 # a run's folder
 
-def resuming(init_from, out_dir):
+def resuming(init_from, out_dir, export='last'):
     """Whether to go on with the run in out_dir: asked for by init_from = 'resume', or since torchrun (--max-restarts) has started this
-    job again after a failure. UserError where there is no run to go on with."""
+    job again after a failure. UserError where there is no run to go on with, or one that has written `export`, its last checkpoint, and
+    kept no state."""
     if init_from == 'resume' and not read_run(out_dir):
         raise UserError(f'{out_dir}: there is no run to resume')
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and read_run(out_dir).get('_job') == job()
-    return init_from == 'resume' or restarted
+    resumes = init_from == 'resume' or restarted
+    states = os.path.join(out_dir, 'state')
+    if resumes and os.path.exists(os.path.join(out_dir, export)) and not (os.path.isdir(states) and os.listdir(states)):
+        raise UserError(f'{out_dir}: this run has finished and kept no state to go on from (keep_states = 0)')
+    return resumes
 
 
 def job():
@@ -308,16 +313,25 @@ def read_run(out_dir):
 def read_rows(path):
     """The rows of a .jsonl file that a run writes as they come; [] if there is none. A last line that a crash tore is cut off
     the file, so that what is appended next stands on a line of its own."""
+    return list(iterate_rows(path))
+
+
+def iterate_rows(path):
+    """read_rows, with one row at a time in memory."""
     if not os.path.exists(path):
-        return []
+        return
     with open(path, 'rb+') as f:
-        lines = f.read().splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b'\n'):
-            f.truncate(f.tell() - len(lines.pop()))
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f'{path}: a line is not JSON ({error}); start with --overwrite') from None
+        whole = 0  # bytes
+        for line in f:
+            if not line.endswith(b'\n'):
+                f.truncate(whole)
+                return
+            whole += len(line)
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f'{path}: a line is not JSON ({error}); start with --overwrite') from None
+            yield row
 
 
 def write_rows(path, rows):

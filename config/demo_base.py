@@ -6,6 +6,7 @@ n_layer = 4
 n_head = 4
 n_kv_head = 1               # one key head for all four: a decoding step is bound by reading keys and values
 n_embd = 128                # 0.8M parameters
+block_size = 256            # the longest text has 130 tokens, the longest solution with its question 157
 n_merges = 500              # words of the small world become single tokens
 epochs = 2.0                # 29,744 * 2 / 16 = 3,718 updates
 batch_size = 16             # a small model gains more from many updates than from exact ones
