@@ -179,7 +179,7 @@ def test_a_prompt_without_room_is_a_wrong_answer_not_the_end(bpe):
 def test_questions_without_room_do_not_end_an_exploration_unless_it_is_all_of_them(bpe, tmp_path):
     sampler = Sampler(loud(Transformer(tiny_config(bpe.vocab_size))), bpe, max_rows=1)
     long, short = Problem('Tom ' * 90, '#### 1', '1'), Problem('Tom?', '#### 1', '1')
-    found = evaluation.explore(sampler, [long] * 9 + [short], str(tmp_path / 'a'), 2, 10, 1.0, 0, '')  # whole chunks of the long one
+    found = list(evaluation.explore(sampler, [long] * 9 + [short], str(tmp_path / 'a'), 2, 10, 1.0, 0, ''))  # whole chunks of the long one
     assert [len(r['ids']) for records in found[:9] for r in records] == [0] * 18 and all(r['ids'] for r in found[9])
     for call in (lambda: evaluation.explore(sampler, [long] * 9, str(tmp_path / 'b'), 2, 10, 1.0, 0, ''),
                  lambda: evaluation.greedy_accuracy(sampler, [long], 10)):
