@@ -209,7 +209,7 @@ def test_bf16_under_fsdp_is_bf16_under_ddp(coin, tmp_path):
 
 def test_what_goes_wrong_in_process_0_is_known_to_all(coin, tmp_path):
     """A state whose list of checksums is torn: process 0 alone reads it, and all take the state before."""
-    flags = [f'--task={coin}/task', f'--init_from={coin}/policy', *SFT, f'--out_dir={tmp_path}/run', '--save_interval=1', '--max_steps=3']
+    flags = [f'--task={coin}/task', f'--init_from={coin}/policy', *SFT, f'--out_dir={tmp_path}/run', '--save_interval=1', '--max_steps=3', '--keep_states=2']
     start(ONE, 'sft.py', *flags)
     (tmp_path / 'run' / 'state' / '00000003' / 'sha256.json').write_text('{"state')
     done = start(several(2), 'sft.py', *flags, '--init_from=resume')

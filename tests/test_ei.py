@@ -224,6 +224,16 @@ def test_rows_longer_than_the_context_are_left_out(long_rows, base, script, tmp_
         assert name == 'rewards' or sum(line.startswith('left out: ') for line in said.splitlines()) == 1, said
         assert (out / 'best' / 'model.safetensors').exists()
         assert len(states_of(out)) == (0 if name == 'ei' else 1)
+    # samples that the policy had room for, and what is fine-tuned has not
+    path = tmp_path / 'ei' / 'samples_round1.jsonl'
+    rows = [json.loads(line) for line in open(path)]
+    right = [r for row in rows for r in row['samples'] if r['correct']]
+    for r in right[:3]:
+        r['ids'] *= 20
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    shutil.rmtree(tmp_path / 'ei' / 'round1')
+    said = script(*command('ei', long_rows, base, tmp_path / 'ei', '--init_from=resume')).stdout
+    assert f'left out: {min(3, len(right))} of 48 samples' in said and (tmp_path / 'ei' / 'round1' / 'model.safetensors').exists()
     rows = [json.loads(line) for line in open(tmp_path / 'rewards' / 'samples_train.jsonl')]
     rows[2]['samples'][0]['ids'] *= 20  # samples of a policy with a longer context
     (tmp_path / 'given').write_text(''.join(json.dumps(row) + '\n' for row in rows))
