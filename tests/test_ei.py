@@ -112,7 +112,7 @@ EI = ['--k=4', '--max_new_tokens=40', '--batch_size=8', '--max_steps=4', '--eval
 def base(coin, tmp_path_factory):
     torch.manual_seed(1)
     folder, tokenizer = tmp_path_factory.mktemp('base'), load_tokenizer(str(coin / 'policy'))
-    for name, block_size in (('base', 128), ('short', 32)):
+    for name, block_size in (('base', 128), ('middle', 100), ('short', 32)):
         Transformer(tiny_config(tokenizer.vocab_size, block_size=block_size)).init_weights().save_pretrained(str(folder / name), tokenizer)
     return folder / 'base'
 
@@ -279,6 +279,11 @@ def test_what_cannot_fit_is_refused_before_any_work(coin, base, script, tmp_path
     for name in ('sft', 'ei', 'ppo', 'rcrl', 'rewards'):
         done = script(*command(name, coin, base, tmp_path / name, f'--task={tmp_path}/task'), code=2)
         assert 'the context of 128' in done.stderr and not (tmp_path / name).exists(), done.stderr
+    # questions that fit the policy, but not the base, which would draw the second round's samples
+    rows = [row | {'question': f'What is number {i}?' + ' and so on' * 5 * (i < 64)} for i, row in enumerate(rows)]
+    (tmp_path / 'task' / 'train.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    done = script(*command('ei', coin, f'{base}/../middle', tmp_path / 'run', f'--task={tmp_path}/task'), code=2)
+    assert 'exceed the context of 100' in done.stderr and not (tmp_path / 'run').exists(), done.stderr
     # labels take room, too, and a reward model has to read what the policy writes
     done = script(*command('rcrl', coin, f'{base}/../short', tmp_path / 'run'), code=2)
     assert 'exceed the context of 32' in done.stderr
