@@ -1,7 +1,14 @@
 """What several test files need: small models and tokenizers, made once, and the folder with the real data."""
+import io
+import itertools
+import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +24,9 @@ os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
 import torch  # noqa: E402
 
 from model import ModelConfig, Transformer  # noqa: E402
-from sample import learn_bpe  # noqa: E402
+from rewards import Problem  # noqa: E402
+from sample import learn_bpe, load_tokenizer  # noqa: E402
+from sft import finetune, loss_sum, solution_examples  # noqa: E402
 
 TEXTS = ['Question: Tom has 3 apples and buys 14 more. How many apples does Tom have?\nAnswer: Tom has 3+14=<<3+14=17>>17 apples.\n#### 17',
          'Question: Ann sells 4 pens for 5 dollars each. How much money does Ann get?\nAnswer: Ann gets 4*5=<<4*5=20>>20 dollars.\n#### 20']
@@ -61,38 +70,95 @@ def model(request, bpe):
     return loud(Transformer(tiny_config(bpe.vocab_size + 7, **(GPT2 if request.param == 'gpt2' else {}))))
 
 
+def run_script(*command, code=0):
+    """run_script('sft.py', flags ..., code=0) runs a script of the repository as a user would, checks its exit code and returns what it
+    printed (stdout, stderr). In this process, where it has nothing to import; run_process is a true start, and takes seconds."""
+    out, err, ended = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    products = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err), torch.random.fork_rng(devices=[]):
+        patch.chdir(ROOT)
+        patch.setattr(sys, 'argv', list(command))
+        patch.setattr(sys, 'excepthook', sys.excepthook)  # what a script changes for its process ends with it
+        patch.setattr('config.stop_asked_at', None)
+        try:
+            runpy.run_path(command[0], run_name='__main__')
+        except SystemExit as stop:
+            ended = stop.code or 0
+        except Exception as error:
+            try:
+                sys.excepthook(type(error), error, error.__traceback__)
+            except SystemExit as stop:
+                ended = stop.code
+            else:
+                raise  # a bug
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            torch.backends.mkldnn.matmul.fp32_precision = products
+    assert ended == code, f'{command} ended with {ended}:\n{out.getvalue()}\n{err.getvalue()}'
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def run_process(*command, code=0):
+    """run_script in a process of its own."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, f'{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}'
+    return done
+
+
+class Killed(BaseException):
+    """Ends run_script as kill -9 ends a process: nothing that the script catches."""
+
+
+def dies_after(n, function):
+    """function, whose call number n + 1 raises Killed."""
+    calls = itertools.count()
+
+    def dying(*args, **kwargs):
+        if next(calls) == n:
+            raise Killed
+        return function(*args, **kwargs)
+    return dying
 
 
 @pytest.fixture
 def script():
-    """script('sft.py', flags ..., code=0) runs a script as a user would and checks its exit code."""
-    def run(*command, code=0):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == code, f'{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}'
-        return done
-    return run
+    return run_script
+
+
+def coin_problem(i, x=1):
+    """Question i of the coin's task with a right (x = 1) or a wrong solution (2): a step, '1+1=<<1+1=2>>2' or '1+2=<<1+2=3>>3', and
+    the answer that follows from it."""
+    return Problem(f'What is number {i}?', f'1+{x}=<<1+{x}={1 + x}>>{1 + x}\n#### {1 + x}', str(1 + x))
+
+
+def write_task(folder, splits):
+    """Writes task/train.jsonl and so on from {split: problems} -> the folder's path."""
+    (folder / 'task').mkdir()
+    for split, problems in splits.items():
+        rows = [json.dumps({'question': p.question, 'answer': p.solution}) + '\n' for p in problems]
+        (folder / 'task' / f'{split}.jsonl').write_text(''.join(rows))
+
+
+@torch.no_grad()
+def coin_logprobs(folder, example, n=16):
+    """(ln P(right solution), ln P(wrong one)) of a checkpoint, exactly: the means over n questions. Their difference is the coin's
+    log-odds. example(problem, tokenizer) makes the row whose learned tokens count."""
+    model, tokenizer = Transformer.from_pretrained(str(folder)), load_tokenizer(str(folder))
+    return tuple(-loss_sum(model, [example(coin_problem(i, x), tokenizer) for i in range(n)]).item() / n for x in (1, 2))
 
 
 @pytest.fixture(scope='session')
 def coin(tmp_path_factory):
     """A task whose every answer is 2, and a policy that learned to answer 2 and 3 equally often: a coin that RL can load.
-    A solution is a step, '1+1=<<1+1=2>>2' or '1+2=<<1+2=3>>3', and the answer that follows from it. -> the folder, with
-    task/ and policy/."""
-    import json
-
-    from rewards import Problem
-    from sft import finetune, solution_examples
+    -> the folder, with task/ and policy/."""
     folder = tmp_path_factory.mktemp('coin')
-    (folder / 'task').mkdir()
-
-    def row(i, x):
-        return Problem(f'What is number {i}?', f'1+{x}=<<1+{x}={1 + x}>>{1 + x}\n#### {1 + x}', str(1 + x))
-    for split, n in (('train', 320), ('test', 16)):
-        rows = [row(i, 1) for i in range(n)]
-        (folder / 'task' / f'{split}.jsonl').write_text(''.join(json.dumps({'question': p.question, 'answer': p.solution}) + '\n' for p in rows))
-    tokenizer = learn_bpe([f'{p.question}\n{p.solution}' for p in (row(1, 1), row(2, 2))], 20)
+    write_task(folder, {'train': [coin_problem(i) for i in range(320)], 'test': [coin_problem(i) for i in range(16)]})
+    tokenizer = learn_bpe([f'{p.question}\n{p.solution}' for p in (coin_problem(1, 1), coin_problem(2, 2))], 20)
     torch.manual_seed(0)
     policy = Transformer(tiny_config(tokenizer.vocab_size, block_size=128)).init_weights()
-    finetune(policy, solution_examples([row(i, x) for i in range(64) for x in (1, 2)], tokenizer), max_steps=120, batch_size=32, lr=5e-3, min_lr=1e-4)
+    finetune(policy, solution_examples([coin_problem(i, x) for i in range(64) for x in (1, 2)], tokenizer), max_steps=120, batch_size=32,
+             lr=5e-3, min_lr=1e-4)
     policy.save_pretrained(str(folder / 'policy'), tokenizer)
     return folder

@@ -1,19 +1,18 @@
 """The way without SFT: a base model that has read plain text, worked examples in its prompt, and what EI and PPO make of it."""
 import json
-import subprocess
-import sys
+import random
+import shutil
 
 import pytest
-from conftest import ROOT
+from conftest import coin_problem, coin_logprobs, run_script, write_task
 
 import rewards
 from eval import answered_example, explore, judge
-from model import Transformer
 from rewards import NEXT_QUESTION, Problem, respond
-from sample import Sample, Sampler, load_tokenizer
-from sft import join
+from sample import Example, Sample, load_tokenizer
+from sft import join, solution_examples
 
-MODEL = ['--n_layer=2', '--n_head=2', '--n_kv_head=2', '--n_embd=48', '--n_merges=60', '--block_size=256']
+MODEL = ['--n_layer=1', '--n_head=2', '--n_kv_head=2', '--n_embd=32', '--n_merges=60', '--block_size=256']
 
 
 @pytest.fixture(scope='module')
@@ -21,21 +20,14 @@ def base(tmp_path_factory):
     """A base model of plain text: questions with answers, three in ten of them 2 and the others 3, among other lines, a few to a
     document. The task's right answer is always 2. -> the folder, with task/ and base/."""
     folder = tmp_path_factory.mktemp('few_shot')
-
-    def solution(x):
-        return f'1+{x}=<<1+{x}={1 + x}>>{1 + x}\n#### {1 + x}'
-    (folder / 'task').mkdir()
-    for split, n in (('train', 320), ('test', 16)):
-        rows = [{'question': f'What is number {i}?', 'answer': solution(1)} for i in range(n)]
-        (folder / 'task' / f'{split}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    texts = []
+    write_task(folder, {'train': [coin_problem(i) for i in range(320)], 'test': [coin_problem(i) for i in range(16)]})
+    rng, texts = random.Random(0), []
     for i in range(1500):
-        number = i * 7 % 320
-        texts.append(rewards.prompt(f'What is number {number}?') + rewards.completion(solution(1 if i % 10 < 3 else 2)) if i % 3 else f'Here is line {number}.')
+        p = coin_problem(i * 7 % 320, 1 if rng.random() < 0.3 else 2)
+        texts.append(rewards.prompt(p.question) + rewards.completion(p.solution) if i % 3 else f'Here is line {i}.')
     (folder / 'base.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
-    subprocess.run([sys.executable, 'sft.py', f'--task={folder}/task', f'--text_file={folder}/base.jsonl', '--texts_per_row=4', *MODEL, '--eval_problems=8',
-                    '--max_steps=500', '--batch_size=16', '--lr=5e-3', '--min_lr=5e-4', '--eval_interval=500', f'--out_dir={folder}/base', '--max_new_tokens=30',
-                    '--device=cpu'], cwd=ROOT, check=True, capture_output=True)
+    run_script('sft.py', f'--task={folder}/task', f'--text_file={folder}/base.jsonl', '--texts_per_row=4', *MODEL, '--eval_problems=8',
+               '--max_steps=250', '--batch_size=8', '--lr=5e-3', '--min_lr=5e-4', f'--out_dir={folder}/base', '--max_new_tokens=30', '--device=cpu')
     return folder
 
 
@@ -86,26 +78,26 @@ def test_explore_shows_the_examples_and_learns_without_them(bpe, tmp_path):
     assert all(bpe.decode(r['ids']) == ' so\n#### 2' and r['ids'][-1] == bpe.eos and r['correct'] for records in found for r in records)
 
 
-def test_expert_iteration_from_a_base_model_ends_above_its_prompted_start(base, script, tmp_path):
-    flags = [f'--task={base}/task', f'--init_from={base}/base', f'--base={base}/base', '--few_shot=2', '--include_sft=False', '--n_questions=60', '--k=4',
-             '--n_rounds=2', '--max_new_tokens=40', '--max_steps=40', '--batch_size=16', '--lr=3e-3', '--min_lr=3e-4', '--eval_problems=32', '--device=cpu']
+def test_expert_iteration_from_a_base_model_learns_what_is_right_and_where_it_ends(base, script, tmp_path):
+    flags = [f'--task={base}/task', f'--init_from={base}/base', f'--base={base}/base', '--few_shot=2', '--include_sft=False', '--n_questions=30', '--k=8',
+             '--n_rounds=2', '--max_new_tokens=40', '--max_steps=20', '--batch_size=16', '--lr=3e-3', '--min_lr=3e-4', '--eval_problems=8', '--device=cpu']
     script('ei.py', *flags, f'--out_dir={tmp_path}/ei')
     rows = log_of(tmp_path / 'ei')
-    prompted = [row['prompted_maj1'] for row in rows if 'prompted_maj1' in row]
-    maj1 = [row['val_maj1'] for row in rows if 'val_maj1' in row]
-    assert len(prompted) == 1 and prompted[0] < 0.5 and maj1[-1] > 0.9 > prompted[0] + 0.3
-    first, second = (row for row in rows if 'share_correct' in row)
-    assert first['share_correct'] < 0.4 and second['share_correct'] > 0.8 and second['share_truncated'] < 0.1
-    # without the examples the base does not know where to end: the second round, which has none, is the fine-tuned model's own
+    assert sum('prompted_maj1' in row for row in rows) == 1 and sum('val_maj1' in row for row in rows) == 2
+    # Asked without examples it now gives the right answer and ends there. Over seeds ln P(right, EOS) rose by 4.3 to 7.8, and ended 6 to
+    # 19 above ln P(wrong, EOS); it had learned from right solutions alone.
+    def zero_shot(problem, tokenizer):
+        return solution_examples([problem], tokenizer)[0]
+    (before, _), (right, wrong) = (coin_logprobs(folder, zero_shot) for folder in (base / 'base', tmp_path / 'ei' / 'round1'))
+    assert right > before + 2 and right > wrong + 2
+    # the second round, which shows no examples, is the fine-tuned model's own
     tokenizer = load_tokenizer(str(base / 'base'))
-    zero_shot = Sampler(Transformer.from_pretrained(str(base / 'base')), tokenizer).generate([rewards.prompt('What is number 3?')], 20, 40, 1.0)
-    assert sum(s.finished for s in zero_shot) < 20
     assert all(r['ids'][-1] == tokenizer.eos for line in open(tmp_path / 'ei' / 'samples_round2.jsonl') for r in json.loads(line)['samples'] if r['finished'])
 
     # resumed within the first round's exploration, it shows the same examples and ends the same
     expected, samples = (tmp_path / 'ei' / 'round2' / 'model.safetensors').read_bytes(), (tmp_path / 'ei' / 'samples_round1.jsonl').read_text()
     for name in ('round1', 'round2', 'best'):
-        subprocess.run(['rm', '-r', str(tmp_path / 'ei' / name)], check=True)
+        shutil.rmtree(tmp_path / 'ei' / name)
     (tmp_path / 'ei' / 'samples_round2.jsonl').unlink()
     (tmp_path / 'ei' / 'samples_round1.jsonl').write_text(samples[:len(samples) // 2])
     script('ei.py', *flags, '--init_from=resume', f'--out_dir={tmp_path}/ei')
@@ -114,19 +106,26 @@ def test_expert_iteration_from_a_base_model_ends_above_its_prompted_start(base, 
 
 
 def test_ppo_from_a_base_model(base, script, tmp_path):
-    flags = [f'--task={base}/task', f'--init_from={base}/base', '--few_shot=2', '--n_questions=60', '--n_iterations=16', '--n_rollouts=64', '--minibatch=32',
-             '--epochs=2', '--max_new_tokens=40', '--temperature=1', '--advantage=group', '--kl_coef=0', '--lr=3e-3', '--min_lr=3e-4', '--eval_problems=16',
-             '--eval_interval=16', '--device=cpu', f'--out_dir={tmp_path}/run']
+    flags = [f'--task={base}/task', f'--init_from={base}/base', '--few_shot=2', '--n_questions=60', '--n_iterations=4', '--n_rollouts=64', '--minibatch=32',
+             '--epochs=1', '--max_new_tokens=40', '--temperature=1', '--advantage=group', '--kl_coef=0', '--lr=1e-3', '--eval_problems=16',
+             '--device=cpu', f'--out_dir={tmp_path}/run']
     script('ppo.py', *flags)
-    rows = [row for row in log_of(tmp_path / 'run') if 'share_correct' in row]
-    assert rows[0]['share_correct'] < 0.6 and rows[-1]['share_correct'] > 0.9
-    samples = [json.loads(line) for line in open(tmp_path / 'run' / 'samples.jsonl')]
-    assert all(len(s['steps']) <= 3 and not s['steps'][-1][0].startswith('Question') for s in samples if s['correct'])
+    shown = rewards.load_problems(f'{base}/task', 'val')[:2]
+
+    def few_shot(problem, tokenizer):
+        prompt, ids = tokenizer.encode_pair(rewards.prompt(problem.question, shown), rewards.completion(problem.solution))
+        return Example(prompt + ids, len(prompt))
+    start, end = (coin_logprobs(folder, few_shot) for folder in (base / 'base', tmp_path / 'run' / 'last'))
+    assert (end[0] - end[1]) - (start[0] - start[1]) > 0.5  # over seeds the log-odds of the right solution rose by 1.6 to 9
+    # a sample ends where the next question begins, which is no step of it; what it says between its answer and there may be one
+    for s in map(json.loads, open(tmp_path / 'run' / 'samples.jsonl')):
+        before = s['text'].split(NEXT_QUESTION)[0].split('\n')
+        assert not s['correct'] or [line for line, _ in s['steps']] == [line.strip() for line in before if line.strip()]
+        assert [r for _, r in s['steps']] == [0.0] * (len(s['steps']) - 1) + [float(s['correct'])]
     # evaluated as it was trained; and of the validation slice without the examples themselves
     script('eval.py', f'--init_from={tmp_path}/run', f'--task={base}/task', '--few_shot=2', '--split=val', '--n_problems=8', '--k=2', '--max_new_tokens=40', '--device=cpu')
     records = [json.loads(line) for line in open(tmp_path / 'run' / 'eval_task.jsonl')][1:]
     assert records[0]['question'] == 'What is number 66?' and len(records) == 8  # 320 rows: the slice starts at 64
-    assert sum(r['greedy']['correct'] for r in records) >= 7
 
 
 def test_bad_input(base, script, tmp_path):

@@ -1,21 +1,20 @@
 """PPO: its formulas against goldens, closed forms and exact enumeration; then the script, on a coin that it has to load."""
+import functools
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
-import time
+import random
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, loud, tiny_config
+from conftest import Killed, coin_logprobs, dies_after, loud, run_process, tiny_config
 
 import ppo
 import rewards
 from model import Transformer
 from sample import Example, Sampler, token_logprobs
+from sft import solution_examples
 
 
 def batch(seed=0, rows=5, longest=9):
@@ -36,40 +35,31 @@ def test_gae_golden():
     assert returns.tolist() == pytest.approx([0.6579, 0.7695, 0.9, 1.0], abs=5e-5)
 
 
-@pytest.mark.parametrize('gamma, lam', [(1.0, 1.0), (1.0, 0.95), (0.9, 0.0), (0.8, 0.7)])
-def test_gae_is_the_discounted_sum_of_td_errors(gamma, lam):
+def test_gae_is_the_discounted_sum_of_td_errors():
     r, v, mask = batch()
-    advantages, returns = ppo.gae(r, v, mask, gamma, lam)
-    for row, n in enumerate(mask.sum(1).tolist()):
-        following = v[row, 1:n].tolist() + [0.0]  # the value after the last token is 0
-        delta = [r[row, t] + gamma * following[t] - v[row, t] for t in range(n)]
-        expected = [sum((gamma * lam) ** (j - t) * delta[j] for j in range(t, n)) for t in range(n)]
-        assert torch.allclose(advantages[row, :n], torch.stack(expected))
-    assert torch.allclose(returns, (advantages + v).masked_fill(~mask, 0))
+    for gamma, lam in ((1.0, 1.0), (1.0, 0.95), (0.9, 0.0), (0.8, 0.7)):
+        advantages, returns = ppo.gae(r, v, mask, gamma, lam)
+        for row, n in enumerate(mask.sum(1).tolist()):
+            following = v[row, 1:n].tolist() + [0.0]  # the value after the last token is 0
+            delta = [r[row, t] + gamma * following[t] - v[row, t] for t in range(n)]
+            expected = [sum((gamma * lam) ** (j - t) * delta[j] for j in range(t, n)) for t in range(n)]
+            assert torch.allclose(advantages[row, :n], torch.stack(expected))
+        assert torch.allclose(returns, (advantages + v).masked_fill(~mask, 0))
+        if gamma == lam == 1:  # the sum of all rewards to come
+            assert torch.allclose(returns, r.masked_fill(~mask, 0).flip(1).cumsum(1).flip(1).masked_fill(~mask, 0))
 
 
-def test_gae_at_its_two_ends():
-    r, v, mask = batch(1)
-    r0 = r.masked_fill(~mask, 0)
-    _, returns = ppo.gae(r, v, mask, 1.0, 1.0)                       # the sum of all rewards to come
-    assert torch.allclose(returns, r0.flip(1).cumsum(1).flip(1).masked_fill(~mask, 0))
-    advantages, _ = ppo.gae(r, v, mask, 0.9, 0.0)                    # the one-step error
-    v0 = v.masked_fill(~mask, 0)
-    following = torch.cat([v0[:, 1:], torch.zeros(len(v), 1)], 1)
-    assert torch.allclose(advantages, (r0 + 0.9 * following - v0).masked_fill(~mask, 0))
-
-
-@pytest.mark.parametrize('garbage', [1e30, float('nan'), float('inf')])
-def test_what_stands_in_the_padding_is_never_read(garbage):
+def test_what_stands_in_the_padding_is_never_read():
     r, v, mask = batch(2)
-    dirty = [x.masked_fill(~mask, garbage) for x in (r, v)]
-    for clean, other in zip(ppo.gae(r, v, mask, 0.9, 0.8), ppo.gae(*dirty, mask, 0.9, 0.8)):
-        assert torch.equal(clean, other) and not other[~mask].any()
-    assert torch.equal(ppo.whiten(r, mask), ppo.whiten(dirty[0], mask))
-    assert torch.equal(ppo.group_advantages(r[:4], mask[:4], 2), ppo.group_advantages(dirty[0][:4], mask[:4], 2))
-    loss = ppo.ppo_loss(r / 9, v / 9, r, mask), ppo.value_loss(r, v, v + 1, mask)
-    assert loss == (ppo.ppo_loss(dirty[0] / 9, dirty[1] / 9, dirty[0], mask), ppo.value_loss(*dirty, dirty[1] + 1, mask))
-    assert ppo.explained_variance(r, v, mask) == ppo.explained_variance(dirty[0], dirty[1], mask)
+    for garbage in (1e30, math.nan, math.inf):
+        dirty = [x.masked_fill(~mask, garbage) for x in (r, v)]
+        for clean, other in zip(ppo.gae(r, v, mask, 0.9, 0.8), ppo.gae(*dirty, mask, 0.9, 0.8)):
+            assert torch.equal(clean, other) and not other[~mask].any()
+        assert torch.equal(ppo.whiten(r, mask), ppo.whiten(dirty[0], mask))
+        assert torch.equal(ppo.group_advantages(r[:4], mask[:4], 2), ppo.group_advantages(dirty[0][:4], mask[:4], 2))
+        loss = ppo.ppo_loss(r / 9, v / 9, r, mask), ppo.value_loss(r, v, v + 1, mask)
+        assert loss == (ppo.ppo_loss(dirty[0] / 9, dirty[1] / 9, dirty[0], mask), ppo.value_loss(*dirty, dirty[1] + 1, mask))
+        assert ppo.explained_variance(r, v, mask) == ppo.explained_variance(dirty[0], dirty[1], mask)
 
 
 def test_gae_reads_rows_padded_on_either_side():
@@ -112,12 +102,11 @@ def test_ppo_loss_goldens():
         assert ppo.ppo_loss(old + change, old, torch.ones(3), torch.ones(3), 0.2).item() == pytest.approx(expected, abs=5e-5)
 
 
-@pytest.mark.parametrize('advantage, ratio, clipped', [(1, 1.3, True), (-1, 0.7, True), (1, 0.7, False), (-1, 1.3, False),
-                                                       (1, 1.1, False), (-1, 0.9, False)])
-def test_only_the_clipped_side_has_no_gradient(advantage, ratio, clipped):
-    logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
-    ppo.ppo_loss(logprobs, torch.zeros(1), torch.tensor([float(advantage)]), clip=0.2).backward()
-    assert logprobs.grad.item() == (0 if clipped else pytest.approx(-advantage * ratio))
+def test_only_the_clipped_side_has_no_gradient():
+    for advantage, ratio, clipped in ((1, 1.3, True), (-1, 0.7, True), (1, 0.7, False), (-1, 1.3, False), (1, 1.1, False), (-1, 0.9, False)):
+        logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
+        ppo.ppo_loss(logprobs, torch.zeros(1), torch.tensor([float(advantage)]), clip=0.2).backward()
+        assert logprobs.grad.item() == (0 if clipped else pytest.approx(-advantage * ratio))
 
 
 def test_at_ratio_1_the_loss_is_the_mean_advantage_and_the_gradient_reinforces():
@@ -136,16 +125,16 @@ def test_value_loss():
     assert ppo.value_loss(values, old, returns, clip=0.0).item() == pytest.approx((0 + 1 + 0.9 ** 2) / 6)
 
 
-@pytest.mark.parametrize('loss', [ppo.ppo_loss, ppo.value_loss])
-def test_parts_divided_by_the_whole_add_up_to_the_whole(loss):
+def test_parts_divided_by_the_whole_add_up_to_the_whole():
     a, b, mask = batch(7)
     c = torch.randn(mask.shape, dtype=torch.float64)
     n = int(mask.sum())
-    whole = loss(a, b, c, mask)
-    parts = sum(loss(a[rows], b[rows], c[rows], mask[rows], n_tokens=n) for rows in ([3, 0], [4], [1, 2]))
-    flat = loss(a[mask], b[mask], c[mask])
-    assert torch.allclose(parts, whole) and torch.allclose(flat, whole)
-    assert loss(a, b, c, torch.zeros_like(mask)).item() == 0
+    for loss in (ppo.ppo_loss, ppo.value_loss):
+        whole = loss(a, b, c, mask)
+        parts = sum(loss(a[rows], b[rows], c[rows], mask[rows], n_tokens=n) for rows in ([3, 0], [4], [1, 2]))
+        flat = loss(a[mask], b[mask], c[mask])
+        assert torch.allclose(parts, whole) and torch.allclose(flat, whole)
+        assert loss(a, b, c, torch.zeros_like(mask)).item() == 0
 
 
 def test_kl_estimators_against_the_exact_kl():
@@ -258,7 +247,6 @@ def test_replay_probabilities():
 
 
 def test_a_prefix_is_steps_of_the_solution_and_never_its_answer():
-    import random
     problem = rewards.Problem('q', 'a 1+1=2\nb 2+2=4\nc\n#### 4', '4')
     found = {ppo.random_prefix(problem, random.Random(i)) for i in range(50)}
     assert found == {'a 1+1=2\n', 'a 1+1=2\nb 2+2=4\n', 'a 1+1=2\nb 2+2=4\nc\n'}
@@ -268,8 +256,9 @@ def test_a_prefix_is_steps_of_the_solution_and_never_its_answer():
 # -----------------------------------------------------------------------------
 # the script
 
-RUN = ['--max_new_tokens=40', '--n_rollouts=64', '--minibatch=16', '--epochs=2', '--n_iterations=10', '--lr=3e-3', '--temperature=1.0',
-       '--eval_problems=16', '--eval_interval=5', '--device=cpu', '--show=1', '--micro_tokens=2048']
+# Eight small updates: the coin's log-odds move by 1, give or take 0.1 from seed to seed, and nothing is chaotic yet.
+RUN = ['--max_new_tokens=40', '--n_rollouts=64', '--minibatch=32', '--epochs=1', '--n_iterations=4', '--lr=3e-4', '--temperature=1.0',
+       '--eval_problems=16', '--eval_interval=2', '--device=cpu', '--show=1', '--micro_tokens=2048']
 
 
 def run_ppo(script, coin, out, *flags, code=0):
@@ -280,60 +269,66 @@ def iterations(folder):
     return [row for row in map(json.loads, open(os.path.join(folder, 'log.jsonl'))) if 'share_correct' in row]
 
 
+def samples_of(folder):
+    return list(map(json.loads, open(os.path.join(folder, 'samples.jsonl'))))
+
+
+def log_odds(folder):
+    """ln P(right) - ln P(wrong) of the coin, by enumeration of its two sides."""
+    right, wrong = coin_logprobs(folder, lambda problem, tokenizer: solution_examples([problem], tokenizer)[0])
+    return right - wrong
+
+
 def test_the_coin_is_loaded_and_the_log_says_how(script, coin, tmp_path):
-    printed = run_ppo(script, coin, tmp_path / 'run', '--n_iterations=15').stdout
-    rows = iterations(tmp_path / 'run')
-    assert len(rows) == 15 and 0.3 < rows[0]['share_correct'] < 0.7
-    assert np.mean([row['share_correct'] for row in rows[-5:]]) > 0.95  # of 320 samples
-    assert rows[0]['kl'] == pytest.approx(0, abs=1e-5) and rows[-1]['kl'] > 0 and rows[-1]['samples_drawn'] == 960
+    start = log_odds(coin / 'policy')
+    assert abs(start) < 0.5
+    printed = run_ppo(script, coin, tmp_path / 'run').stdout
+    rows, samples = iterations(tmp_path / 'run'), samples_of(tmp_path / 'run')
+    assert log_odds(tmp_path / 'run' / 'last') > start + 0.5  # 0.97 to 1.16 over seeds
+    assert len(rows) == 4 and 0.25 < rows[0]['share_correct'] < 0.75  # of 64 samples: 4 standard errors
+    assert rows[0]['kl'] == pytest.approx(0, abs=1e-5) and rows[-1]['kl_k3'] > 0 and rows[-1]['samples_drawn'] == 256
     for key in ('share_truncated', 'reward_outcome', 'reward_shaped', 'reward_kl', 'kl_k3', 'approx_kl', 'clip_share', 'entropy',
                 'explained_variance', 'value_loss', 'grad_norm', 'response_tokens', 'unique_equations', 'rollout_tokens_per_second',
                 'update_tokens_per_second'):
         assert math.isfinite(rows[-1][key]), key
     assert rows[-1]['reward_outcome'] == rows[-1]['share_correct']
-    samples = [json.loads(line) for line in open(tmp_path / 'run' / 'samples.jsonl')]
-    assert len(samples) == 960 and [s['iteration'] for s in samples] == sorted(s['iteration'] for s in samples)
-    questions = [s['question'] for s in samples[:256]]  # 64 questions, 16 of them an iteration: all of them once before any again
+    assert len(samples) == 256 and [s['iteration'] for s in samples] == sorted(s['iteration'] for s in samples)
+    questions = [s['question'] for s in samples]  # 64 questions, 16 of them an iteration: all of them once before any again
     assert len(set(questions)) == 64 and all(questions.count(q) == 4 for q in set(questions))
     for s in samples:
         assert s['correct'] == (s['finished'] and rewards.is_correct(s['text'], s['answer']))
         assert sum(r for _, r in s['steps']) == pytest.approx(float(s['correct'])) and s['steps'][-1][1] == float(s['correct'])
-    assert printed.count('  Q: What is number') == 15 and '+1.000  #### 2' in printed and 'val_maj1' in printed
+    assert printed.count('  Q: What is number') == 4 and '+1.000  #### 2' in printed and 'val_maj1' in printed
     best = Transformer.from_pretrained(str(tmp_path / 'run'))
     assert best.config == Transformer.from_pretrained(str(coin / 'policy')).config
 
 
 def test_a_large_kl_coefficient_holds_on_to_the_reference(script, coin, tmp_path):
-    """In small steps: one that overshoots in the first iteration, before there is any KL, comes back slowly, clip by clip."""
-    for name, kl_coef in (('free', 0.0), ('held', 5.0)):
-        run_ppo(script, coin, tmp_path / name, f'--kl_coef={kl_coef}', '--advantage=group', '--n_rollouts=128', '--minibatch=64', '--epochs=1',
-                '--n_iterations=20', '--lr=2e-4', '--min_lr=2e-4')
-    free, held = ([row for row in iterations(tmp_path / name)[-5:]] for name in ('free', 'held'))
-    assert np.mean([row['share_correct'] for row in free]) > 0.9
-    assert 0.35 < np.mean([row['share_correct'] for row in held]) < 0.65 and max(row['kl_k3'] for row in held) < 0.01
+    moved = {}
+    for kl_coef in (0.0, 5.0):
+        run_ppo(script, coin, tmp_path / str(kl_coef), f'--kl_coef={kl_coef}', '--advantage=group', '--n_iterations=6')
+        moved[kl_coef] = log_odds(tmp_path / str(kl_coef) / 'last') - log_odds(coin / 'policy')
+    assert moved[5.0] < 1.1 < moved[0.0]  # 0.48 +- 0.12 and 1.86 +- 0.14 over seeds
 
 
-def test_negated_rewards_make_it_worse(script, coin, tmp_path):
-    run_ppo(script, coin, tmp_path / 'run', '--reward_right=-1')
-    assert iterations(tmp_path / 'run')[-1]['share_correct'] < 0.1
-
-
-@pytest.mark.parametrize('flags', [['--advantage=group'], ['--critic=separate', '--critic_lr=3e-3', '--value_warmup=2'],
-                                   ['--entropy_coef=0.01', '--target_kl=0.05', '--kl_target=1.0'],
-                                   ['--replay=0.5', '--n_questions=40', '--backtrack=0.5']], ids=lambda flags: flags[0])
-def test_every_way_of_learning_loads_the_coin(script, coin, tmp_path, flags):
-    run_ppo(script, coin, tmp_path / 'run', *flags)
-    rows = iterations(tmp_path / 'run')
-    assert rows[-1]['share_correct'] > 0.9
-    if 'value_warmup' in str(flags):  # the value function alone learned, and the policy stayed
-        assert rows[1]['kl'] == pytest.approx(0, abs=1e-5) == rows[2]['kl'] and rows[2]['explained_variance'] != 0
-    if 'target_kl' in str(flags):
-        assert len({row['kl_coef'] for row in rows}) > 5
-    if 'backtrack' in str(flags):
-        samples = [json.loads(line) for line in open(tmp_path / 'run' / 'samples.jsonl')]
-        given = [s for s in samples if s['prefix']]
-        assert given and all(s['prefix'] == '1+1=<<1+1=2>>2\n' and s['text'].count('<<') == 0 for s in given if s['correct'])
-        assert rows[0]['backtracked'] > 0.2 and rows[-1]['backtracked'] == 0
+def test_every_way_of_learning_loads_the_coin(script, coin, tmp_path):
+    """What is paid becomes likelier, by 0.7 to 1.4 nats over seeds."""
+    for name, sign, flags in (('negated', -1, ['--reward_right=-1']), ('group', 1, ['--advantage=group']),
+                              ('critic', 1, ['--critic=separate', '--critic_lr=3e-3', '--value_warmup=1', '--n_iterations=5']),
+                              ('bonus', 1, ['--entropy_coef=0.01', '--target_kl=0.05', '--kl_target=1.0']),
+                              ('replay', 1, ['--replay=0.5', '--n_questions=40', '--backtrack=0.5'])):
+        run_ppo(script, coin, tmp_path / name, *flags)
+        print('ODDS', name, log_odds(tmp_path / name / 'last') - log_odds(coin / 'policy'))
+        assert sign * (log_odds(tmp_path / name / 'last') - log_odds(coin / 'policy')) > 0.4
+    rows = {name: iterations(tmp_path / name) for name in ('critic', 'bonus', 'replay')}
+    # the value function alone learned, and the policy stayed
+    assert [row['kl_k3'] < 1e-6 for row in rows['critic'][:3]] == [True, True, False]
+    assert rows['critic'][0]['explained_variance'] == pytest.approx(0, abs=1e-5) and rows['critic'][1]['explained_variance'] != 0
+    # far below its target, the KL's coefficient falls at the largest rate there is
+    assert [row['kl_coef'] for row in rows['bonus'][:2]] == [0.05, ppo.adapted(0.05, 0.0, 1.0, 64, 10000)]
+    given = [s for s in samples_of(tmp_path / 'replay') if s['prefix']]
+    assert given and all(s['prefix'] == '1+1=<<1+1=2>>2\n' and s['text'].count('<<') == 0 for s in given if s['correct'])
+    assert rows['replay'][0]['backtracked'] > 0 and rows['replay'][-1]['backtracked'] == 0
 
 
 def test_the_result_does_not_depend_on_the_micro_batches(script, coin, tmp_path):
@@ -344,24 +339,20 @@ def test_the_result_does_not_depend_on_the_micro_batches(script, coin, tmp_path)
         assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), key
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(script, coin, tmp_path):
-    flags = ['--n_iterations=6', '--eval_interval=2', '--save_interval=2', '--critic=separate', '--replay=0.3', '--kl_target=2.0']
+def test_a_killed_run_goes_on_to_the_same_weights(script, coin, tmp_path, monkeypatch):
+    flags = ['--n_iterations=5', '--save_interval=2', '--critic=separate', '--replay=0.3', '--kl_target=2.0']
     run_ppo(script, coin, tmp_path / 'whole', *flags)
-    command = [sys.executable, 'ppo.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--out_dir={tmp_path}/parts', *RUN, *flags]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    while process.poll() is None:  # killed after the third iteration, so that the third is done again
-        if (tmp_path / 'parts' / 'log.jsonl').exists() and len(iterations(tmp_path / 'parts')) >= 3:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.02)
-    assert process.wait() == -signal.SIGKILL
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # in the fourth iteration, so that the third is done again
+        patch.setattr('rewards.sparse_rewards', dies_after(3, rewards.sparse_rewards))
+        run_ppo(script, coin, tmp_path / 'parts', *flags)
+    assert len(iterations(tmp_path / 'parts')) == 3
     run_ppo(script, coin, tmp_path / 'parts', *flags, '--init_from=resume')
     for file in ('best/model.safetensors', 'last/model.safetensors', 'samples.jsonl'):
         assert (tmp_path / 'whole' / file).read_bytes() == (tmp_path / 'parts' / file).read_bytes(), file
 
 
 def test_bad_input_is_one_line(script, coin, bpe, tmp_path):
-    def refused(*flags, match):
+    def refused(*flags, match, script=script):
         done = run_ppo(script, coin, tmp_path / 'run', *flags, code=2)
         assert match in done.stderr and done.stderr.strip().count('\n') == 0, done.stderr
 
@@ -379,6 +370,7 @@ def test_bad_input_is_one_line(script, coin, bpe, tmp_path):
     refused('--advantage=group', '--n_per_question=1', match='at least 2')
     refused('--max_new_tokens=126', match='leaves room for 2 tokens')
     refused('--epochs=0', match='epochs')
+    refused('--epochs=0', match='epochs', script=run_process)  # so that the hook of exceptions and the exit code are a process's own
     refused('--backtrack=2', match='backtrack')
     assert not (tmp_path / 'run').exists()
 
@@ -390,13 +382,15 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint_kept(scri
     assert 'bad_batch.json' in done.stderr and json.loads((tmp_path / 'run' / 'bad_batch.json').read_text())['ids']
 
 
-def test_nothing_is_compiled_twice(script, coin, tmp_path):
+def test_nothing_is_compiled_twice(script, coin, tmp_path, monkeypatch):
     """Iterations of samples, passes without gradients and updates, whose shapes vary. By dynamo alone, without the C++ it would make."""
-    wrapper = ("import functools, runpy, torch, torch._dynamo; torch.compile = functools.partial(torch.compile, backend='eager'); "
-               "torch._dynamo.config.error_on_recompile = True; runpy.run_path('ppo.py', run_name='__main__'); "
-               "assert torch._dynamo.utils.counters['stats']['unique_graphs'] > 0")
-    run_ppo(lambda file, *args, code: script('-c', wrapper, *args, code=code), coin, tmp_path / 'run', '--compile=on', '--n_iterations=4')
-    assert len(iterations(tmp_path / 'run')) == 4
+    import torch._dynamo
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run_ppo(script, coin, tmp_path / 'run', '--compile=on')
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] > 0 and len(iterations(tmp_path / 'run')) == 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
@@ -404,4 +398,4 @@ def test_nothing_is_compiled_twice(script, coin, tmp_path):
 def test_the_coin_is_loaded_on_a_gpu(script, coin, tmp_path, flags):
     """In bf16 too, where the start-up checks compare the sampler's bf16 copy with the trainer's autocast."""
     run_ppo(script, coin, tmp_path / 'run', '--device=cuda', *flags)
-    assert iterations(tmp_path / 'run')[-1]['share_correct'] > 0.95
+    assert log_odds(tmp_path / 'run' / 'last') > log_odds(coin / 'policy') + 0.5
