@@ -193,44 +193,37 @@ def line_breakers(bpe, granularity, new):
     return tok
 
 
-def reference(model, tok, prompt, label, budget, stream, temperature):
-    """One row alone, without a cache: after the prompt and after every line break the label is read; else a token is drawn."""
-    ids, drawn, to_read = prompt + label, [], []
-    for t in range(budget):
-        with torch.no_grad():
-            logits = model(torch.tensor([ids]))[:, -1]
-        if to_read:
-            ids = ids + [to_read.pop(0)]
-            continue
-        token = draw(logits, uniform(stream, t), temperature, vocab_size=tok.vocab_size)[0].item()
-        drawn.append((token, token_logprobs(logits, torch.tensor([token]), temperature or 1.0).item()))
-        ids = ids + [token]
-        if token == tok.eos:
-            return drawn, True
-        if token in tok.newline_ids and tok.labels.granularity == 'step':
-            to_read = list(label)
-    return drawn, False
+def drawn_alone(model, tok, sample, label, budget, stream, temperature):
+    """A sample's row alone and uncached, with the label after the prompt and after every line break: what would be drawn at each
+    of its places -> (tokens, log-probs of the sample's)."""
+    ids, places, t = sample.prompt_ids + label, [], 0  # t: the place within the budget, of which labels take a part
+    for token in sample.ids:
+        places.append((len(ids) - 1, t))
+        inserted = label if token in tok.newline_ids and tok.labels.granularity == 'step' else []
+        ids, t = ids + [token] + inserted, t + 1 + len(inserted)
+    assert places[-1][1] < budget and (sample.finished or t >= budget) and sample.finished == (sample.ids[-1] == tok.eos)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]))[0]
+    tokens = [draw(logits[at:at + 1], uniform(stream, t), temperature, vocab_size=tok.vocab_size)[0].item() for at, t in places]
+    return tokens, token_logprobs(logits[[at for at, _ in places]], torch.tensor(sample.ids), temperature or 1.0)
 
 
-@pytest.mark.parametrize('new', [True, False])
-@pytest.mark.parametrize('granularity', ['step', 'solution'])
-@pytest.mark.parametrize('changes', [{}, GPT2], ids=['llama', 'gpt2'])
-def test_forced_labels_equal_the_unbatched_reference(bpe, changes, granularity, new):
-    tok = line_breakers(bpe, granularity, new)
-    model = loud(Transformer(tiny_config(bpe.vocab_size, **changes))).add_tokens(bpe.vocab_size, 2)
+def test_forced_labels_equal_the_unbatched_reference(bpe):
     prompts = ['Question: Tom', 'A', 'Question: Ann sells 4 pens for 5 dollars each. How much', 'Question: Tom has']
-    n_inserted = 0
-    for condition in ('good', 'bad', 'none'):
-        label = {'good': tok.labels.good, 'bad': tok.labels.bad, 'none': []}[condition]
-        for temperature, max_rows in ((1.0, 64), (1.0, 3), (0, 64)):
-            samples = Sampler(model, tok, max_rows, condition=condition).generate(prompts, 3, 30, temperature, seed=5)
-            for i, prompt in enumerate(map(tok.encode, prompts)):
-                for j, sample in enumerate(samples[3 * i:3 * i + 3]):
-                    drawn, finished = reference(model, tok, prompt, label, 30, torch.tensor([random_stream(5, prompt, j)]), temperature)
-                    assert sample.prompt_ids == prompt and sample.ids == [token for token, _ in drawn] and sample.finished == finished
-                    torch.testing.assert_close(torch.tensor(sample.logprobs), torch.tensor([lp for _, lp in drawn]), atol=1e-5, rtol=1e-5)
-                    n_inserted += len(label) * sum(token in tok.newline_ids for token in sample.ids[:-1])
-    assert n_inserted > 100
+    for changes, granularity, new in itertools.product(({}, GPT2), ('step', 'solution'), (True, False)):
+        tok = line_breakers(bpe, granularity, new)
+        model = loud(Transformer(tiny_config(bpe.vocab_size, **changes))).add_tokens(bpe.vocab_size, 2)
+        n_inserted = 0
+        for condition, label in (('good', tok.labels.good), ('bad', tok.labels.bad), ('none', [])):
+            for temperature, max_rows in ((1.0, 7), (0, 64)):
+                samples = Sampler(model, tok, max_rows, condition=condition).generate(prompts, 3, 30, temperature, seed=5)
+                for i, s in enumerate(samples):
+                    prompt = tok.encode(prompts[i // 3])
+                    tokens, logprobs = drawn_alone(model, tok, s, label, 30, torch.tensor([random_stream(5, prompt, i % 3)]), temperature)
+                    assert s.prompt_ids == prompt and s.ids == tokens
+                    torch.testing.assert_close(torch.tensor(s.logprobs), logprobs, atol=1e-5, rtol=1e-5)
+                    n_inserted += len(label) * sum(token in tok.newline_ids for token in s.ids[:-1])
+        assert n_inserted > 100
 
 
 def test_what_is_learned_is_what_is_sampled(bpe):
@@ -334,16 +327,22 @@ RUN = ['--k=4', '--rollouts=3', '--n_questions=24', '--max_new_tokens=40', '--ba
        '--right_share=0.5', '--include_sft=False', '--unlabelled=0.2', '--eval_interval=60', '--device=cpu']
 
 
+def log_of(folder):
+    return [{k: v for k, v in json.loads(line).items() if k not in ('time', 'tokens_per_second')} for line in open(folder / 'log.jsonl')]
+
+
+def start_run(coin, out, *flags):
+    """-> the first line of the log, which is about the data set."""
+    run_script('rcrl.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--base={coin}/policy', f'--out_dir={out}', *RUN, *flags)
+    return log_of(out)[0]
+
+
 @pytest.fixture(scope='module')
 def learned(coin, tmp_path_factory):
     """rcrl.py on the coin's task, whose right and wrong solutions differ in their first step."""
     out = tmp_path_factory.mktemp('rcrl') / 'run'
-    run_script('rcrl.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--base={coin}/policy', f'--out_dir={out}', *RUN)
+    start_run(coin, out)
     return out
-
-
-def log_of(folder):
-    return [{k: v for k, v in json.loads(line).items() if k not in ('time', 'tokens_per_second')} for line in open(folder / 'log.jsonl')]
 
 
 def log_odds(folder, good):
@@ -374,21 +373,22 @@ def test_the_coin_falls_as_the_label_says(learned, script, coin):
     assert '#### 3' in said and '[BAD]' not in said
 
 
-def test_other_labels_mean_something_too(script, coin, tmp_path):
-    for name, flags in (('solution', ['--granularity=solution']), ('text', ['--label_tokens=text']), ('half', ['--good_share=0.5', '--right_share=0'])):
-        script('rcrl.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--base={coin}/policy', f'--out_dir={tmp_path}/{name}', *RUN, *flags)
-        row = log_of(tmp_path / name)[0]
-        assert (row['rollouts_drawn'] == 0) == (name == 'solution')
-        if name == 'half':
-            assert row['learned_good'] == pytest.approx(0.5, abs=0.02)
-        print('ODDS', name, *(log_odds(tmp_path / name / 'best', good) for good in (True, False, None)))
+VARIANTS = {'solution': ['--granularity=solution'], 'text': ['--label_tokens=text'], 'half': ['--good_share=0.5', '--right_share=0']}
 
 
-def test_both_ratios_at_once(script, coin, tmp_path):
-    """More good steps than the chosen solutions have: of a wrong one, whose steps are all bad, the last stays."""
-    script('rcrl.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--base={coin}/policy', f'--out_dir={tmp_path}/run', *RUN, '--good_share=0.65',
-           '--max_steps=2')
-    row = log_of(tmp_path / 'run')[0]
+@pytest.mark.slow
+def test_other_labels_mean_something_too(coin, tmp_path):
+    for name, flags in VARIANTS.items():
+        start_run(coin, tmp_path / name, *flags)
+        print('ODDS', name, *(log_odds(tmp_path / name / 'best', good) for good in (True, False)))
+
+
+def test_the_mix_of_what_is_learned(coin, tmp_path):
+    rows = {name: start_run(coin, tmp_path / name, *flags, '--max_steps=1') for name, flags in VARIANTS.items()}
+    assert [name for name, row in rows.items() if row['rollouts_drawn'] == 0] == ['solution']
+    assert rows['half']['learned_good'] == pytest.approx(0.5, abs=0.1)
+    # both at once, and more good steps than the chosen solutions have: of a wrong one, whose steps are all bad, the last stays
+    row = start_run(coin, tmp_path / 'both', '--good_share=0.65', '--max_steps=1')
     assert row['dataset_right'] == pytest.approx(0.5, abs=0.02)
     assert row['steps_good'] < 0.55 < row['learned_good'] < 0.7 and row['learned_steps'] < row['steps']
 
