@@ -10,6 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, run_process
 
 import config
 from config import Log, UserError, bar, override, resuming, start_run
@@ -60,7 +61,6 @@ if __name__ == '__main__':
 below = 9
 '''
 NAMES = ['k', 'temperature', 'seeds', 'names', 'stop', 'long', 'name', 'greedy', 'mode']
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(config.__file__)))
 
 
 @pytest.fixture(autouse=True)
@@ -90,12 +90,6 @@ def recipe(tmp_path):
         (tmp_path / name).write_text(text)
         return str(tmp_path / name)
     return write
-
-
-def run(file, *argv, code=0):
-    done = subprocess.run([sys.executable, file, *argv], capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
 
 
 # -----------------------------------------------------------------------------
@@ -130,17 +124,18 @@ CASTS = [
 ]
 
 
-def apply(settings, recipe, name, text):
-    return override(settings, [recipe(f'\n{name} {text}\n') if text.startswith('=') else f'--{name}={text}'])
+def as_argv(recipe, name, text):
+    return [recipe(f'\n{name} {text}\n') if text.startswith('=') else f'--{name}={text}']
 
 
-@pytest.mark.parametrize('name, text, value', CASTS)
-def test_casts(settings, recipe, name, text, value):
-    found = apply(settings, recipe, name, text)[name]
-    assert found == value and type(found) is type(value)
-    if isinstance(value, (tuple, list)):
-        assert [type(x) for x in found] == [type(x) for x in value]
-    assert settings[name] is found
+def test_casts(settings, recipe):
+    start = dict(settings)
+    for name, text, value in CASTS:
+        settings.update(start)
+        found = override(settings, as_argv(recipe, name, text))[name]
+        assert found == value and type(found) is type(value) and settings[name] is found, (name, text)
+        if isinstance(value, (tuple, list)):
+            assert [type(x) for x in found] == [type(x) for x in value], (name, text)
 
 
 REFUSED = [
@@ -170,18 +165,23 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize('name, text, expected', REFUSED)
-def test_refused_values_name_setting_value_place_and_type(settings, recipe, name, text, expected):
+def refusal(settings, argv):
+    """The message with which override refuses argv, having changed nothing."""
     before = dict(settings)
-    with pytest.raises(UserError) as refusal:
-        apply(settings, recipe, name, text)
-    message = str(refusal.value)
-    place = 'recipe.py:2' if text.startswith('=') else f'--{name}={text}'
-    assert message.startswith(f'{name} must be ') and expected in message and f'{place})' in message and '\n' not in message
-    assert settings == before
+    with pytest.raises(UserError) as refused:
+        override(settings, argv)
+    assert settings == before and '\n' not in str(refused.value)
+    return str(refused.value)
 
 
-@pytest.mark.parametrize('argv, expected', [
+def test_refused_values_name_setting_value_place_and_type(settings, recipe):
+    for name, text, expected in REFUSED:
+        message = refusal(settings, as_argv(recipe, name, text))
+        place = 'recipe.py:2' if text.startswith('=') else f'--{name}={text}'
+        assert message.startswith(f'{name} must be ') and expected in message and f'{place})' in message, message
+
+
+REFUSED_ARGUMENTS = [
     (['--temprature=1'], ['temprature', '--temprature=1', 'nearest: temperature']),
     (['--TEMP=1'], ['TEMP', 'nearest: temperature']),
     (['--xyzzy=1'], ['xyzzy', '--help']),
@@ -196,13 +196,13 @@ def test_refused_values_name_setting_value_place_and_type(settings, recipe, name
     (['demo'], ["'demo'", '--name=value', '.py']),
     (['--'], ['unknown setting']), (['--k=1', '--k=x'], ['--k=x']),
     (['--seeds=()', '--seeds=1.5,2'], ['each element an int', '--seeds=1.5,2']),  # the type is the script's, not the last value's
-])
-def test_refused_arguments(settings, argv, expected):
-    before = dict(settings)
-    with pytest.raises(UserError) as refusal:
-        override(settings, argv)
-    assert all(part in str(refusal.value) for part in expected), refusal.value
-    assert settings == before
+]
+
+
+def test_refused_arguments(settings):
+    for argv, expected in REFUSED_ARGUMENTS:
+        message = refusal(settings, argv)
+        assert all(part in message for part in expected), message
 
 
 def test_recipes_and_flags_apply_in_order(settings, recipe):
@@ -223,7 +223,7 @@ def test_recipe_has_a_namespace_of_its_own(settings, recipe):
         override(settings, [recipe('k = temperature\n')])  # the script's settings are not there
 
 
-@pytest.mark.parametrize('text, expected', [
+BROKEN_RECIPES = [
     ('k = 3\ntemprature = 1\n', 'unknown setting temprature (PATH:2); nearest: temperature'),
     ('k = 3\nk = k +\n', 'PATH:2: SyntaxError: invalid syntax'),
     ('k = 3\n\nk = 1 / 0\n', 'PATH:3: ZeroDivisionError: division by zero'),
@@ -232,21 +232,16 @@ def test_recipe_has_a_namespace_of_its_own(settings, recipe):
     ('\nopen("no/such/file")\n', "PATH:2: FileNotFoundError"),
     ('k = 1\nk = 2\nk = "x"\n', "k must be an int, not 'x' (PATH:3)"),
     ('k = 3\0\n', 'PATH:'), ('for i in range(3): k = i\n', 'unknown setting i (PATH:1)'),
-])
-def test_recipe_that_fails(settings, recipe, text, expected):
-    path = recipe(text)
-    before = dict(settings)
-    with pytest.raises(UserError) as refusal:
-        override(settings, [path])
-    assert expected.replace('PATH', path) in str(refusal.value)
-    assert settings == before
+]
 
 
-def test_recipe_that_is_not_there(settings, tmp_path):
+def test_recipe_that_fails(settings, recipe, tmp_path):
+    for text, expected in BROKEN_RECIPES:
+        path = recipe(text)
+        assert expected.replace('PATH', path) in refusal(settings, [path])
     (tmp_path / 'folder.py').mkdir()
     for path, reason in (('nowhere.py', 'No such file'), ('folder.py', 'Is a directory')):
-        with pytest.raises(UserError, match=f'{path}: {reason}'):
-            override(settings, [str(tmp_path / path)])
+        assert f'{path}: {reason}' in refusal(settings, [str(tmp_path / path)])
 
 
 def test_printed(settings, capsys):
@@ -274,9 +269,11 @@ def test_without_a_file():
         override(notebook, ['-h'])
 
 
-def test_help(file):
+def test_help(settings, capsys):
     for argv in (['--help'], ['--k=x', '-h']):
-        lines = run(file, *argv).stdout.splitlines()
+        with pytest.raises(SystemExit):
+            override(settings, argv)
+        lines = capsys.readouterr().out.splitlines()
         assert lines[:3] == ['A script of the tests.', '', '$ python script.py --k=2']
         rows = [line.split(maxsplit=1) for line in lines if line.startswith('  --')]
         assert [row[0][2:].split('=')[0] for row in rows] == NAMES
@@ -292,31 +289,19 @@ def test_help(file):
 # -----------------------------------------------------------------------------
 # through the command line
 
-@pytest.mark.parametrize('argv, code, stderr', [
-    (['--k=x'], 2, "error: k must be an int, not 'x' (--k=x)\n"),
-    (['--kk=1'], 2, 'error: unknown setting kk (--kk=1); nearest: k\n'),
-    (['nowhere.py'], 2, 'error: nowhere.py: No such file or directory\n'),
-    (['--mode=user'], 2, 'error: nothing there to read\n'),
-    (['--mode=stop'], 130, 'stopped by Ctrl-C: what was written so far is kept\n'),
-    (['--temperature=1', '--name=a=b'], 0, ''),
-])
-def test_command_line(file, argv, code, stderr):
-    done = run(file, *argv, code=code)
-    assert done.stderr == stderr
-    worked = 'mode' in argv[0] or code == 0
-    assert ('work begins' in done.stdout) == worked
-    if code == 0:
-        assert "work begins <class 'float'> a=b" in done.stdout
-
-
-def test_a_bug_keeps_its_traceback(file):
-    done = run(file, '--mode=bug', code=1)
+def test_command_line(file):
+    for flag, code, stderr in (('--k=x', 2, "error: k must be an int, not 'x' (--k=x)\n"), ('--mode=user', 2, 'error: nothing there to read\n'),
+                               ('--mode=stop', 130, 'stopped by Ctrl-C: what was written so far is kept\n'), ('--name=a=b', 0, '')):
+        done = run_process(file, '--temperature=1', flag, code=code)
+        assert done.stderr == stderr and ("work begins <class 'float'>" in done.stdout) == ('k=' not in flag)
+    assert done.stdout.endswith(' a=b\n')
+    done = run_process(file, '--mode=bug', code=1)  # keeps its traceback
     assert 'Traceback' in done.stderr and done.stderr.endswith('ValueError: a bug\n')
 
 
-def test_importing_config_is_quick(tmp_path):
+def test_importing_config_is_quick():
     code = 'import sys, config; print("torch" in sys.modules or "numpy" in sys.modules)'
-    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True).stdout == 'False\n'
+    assert run_process('-c', code).stdout == 'False\n'
 
 
 # -----------------------------------------------------------------------------
@@ -359,9 +344,9 @@ def test_only_a_restart_of_the_same_job_goes_on_unasked(out, monkeypatch):
 def test_a_run_is_not_replaced_unasked(out):
     start_run(values(out))
     (out / 'weights').write_text('x')
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as refused:
         start_run(values(out, lr=0.1))
-    assert all(part in str(refusal.value) for part in (str(out), '--init_from=resume', '--overwrite'))
+    assert all(part in str(refused.value) for part in (str(out), '--init_from=resume', '--overwrite'))
     assert (out / 'weights').exists() and stored(out)['lr'] == 0.5
 
 
@@ -378,17 +363,16 @@ def test_overwrite(out):
     assert (out.parent / 'kept' / 'file').exists()
 
 
-@pytest.mark.parametrize('content', [None, '{}', '{"model_type": "llama"}', '{"_comm', '[1]', '"_commands"'])
-def test_what_is_no_run_is_never_removed_or_resumed(out, content):
+def test_what_is_no_run_is_never_removed_or_resumed(out):
     out.mkdir(parents=True)
     (out / 'precious').write_text('x')
-    if content is not None:
-        (out / 'config.json').write_text(content)
-    for how in ({}, {'overwrite': True}, {'resume': True}, {'resume': True, 'overwrite': True}):
-        with pytest.raises(UserError, match='no run') as refusal:
-            start_run(values(out), **how)
-        assert str(out) in str(refusal.value)
-    assert (out / 'precious').exists() and (content is None) == (not (out / 'config.json').exists())
+    for content in (None, '{}', '{"model_type": "llama"}', '{"_comm', '[1]', '"_commands"'):
+        if content is not None:
+            (out / 'config.json').write_text(content)
+        for how in ({}, {'overwrite': True}, {'resume': True}, {'resume': True, 'overwrite': True}):
+            with pytest.raises(UserError, match=f'{out}.* no run'):
+                start_run(values(out), **how)
+        assert (out / 'precious').exists() and (content is None) == (not (out / 'config.json').exists())
 
 
 def test_overwrite_keeps_what_is_needed(out, monkeypatch, tmp_path):
@@ -522,13 +506,12 @@ def test_log_resumed(tmp_path, clock):
     assert len(rows(tmp_path)) == 1
 
 
-@pytest.mark.parametrize('content, kept', [
-    ('', 0), ('{"step": 1, "ti', 0), ('{"step": 1, "time": 3.0}', 0), ('{"step": 1, "time": 3.0}\n', 1)])
-def test_log_resumed_from_little(tmp_path, content, kept):
-    (tmp_path / 'log.jsonl').write_text(content)
-    Log(str(tmp_path), resume=True)(2)
-    assert [row['step'] for row in rows(tmp_path)] == [1] * kept + [2]
-    assert rows(tmp_path)[-1]['time'] >= 3.0 * kept
+def test_log_resumed_from_little(tmp_path):
+    for content, kept in (('', 0), ('{"step": 1, "ti', 0), ('{"step": 1, "time": 3.0}', 0), ('{"step": 1, "time": 3.0}\n', 1)):
+        (tmp_path / 'log.jsonl').write_text(content)
+        Log(str(tmp_path), resume=True)(2)
+        assert [row['step'] for row in rows(tmp_path)] == [1] * kept + [2]
+        assert rows(tmp_path)[-1]['time'] >= 3.0 * kept
 
 
 class Stream(io.StringIO):
@@ -540,20 +523,20 @@ class Stream(io.StringIO):
         return self.terminal
 
 
-@pytest.mark.parametrize('terminal', [True, False])
-def test_bar(monkeypatch, tmp_path, capsys, terminal):
-    err = Stream(terminal)
-    monkeypatch.setattr(sys, 'stderr', err)
-    log = Log(str(tmp_path))
-    for step in bar(range(3), desc='train'):
-        log(step)
-    progress = bar(desc='sample', total=5)
-    progress.update(5)
-    progress.close()
-    shown = err.getvalue()
-    assert all((part in shown) == terminal for part in ('train', 'sample', '/5'))
-    assert shown.endswith('\r') if terminal else shown == ''  # the line is left empty
-    assert capsys.readouterr().out == 'step 0\nstep 1\nstep 2\n'
+def test_bar(monkeypatch, tmp_path, capsys):
+    for terminal in (True, False):
+        err = Stream(terminal)
+        monkeypatch.setattr(sys, 'stderr', err)
+        log = Log(str(tmp_path))
+        for step in bar(range(3), desc='train'):
+            log(step)
+        progress = bar(desc='sample', total=5)
+        progress.update(5)
+        progress.close()
+        shown = err.getvalue()
+        assert all((part in shown) == terminal for part in ('train', 'sample', '/5'))
+        assert shown.endswith('\r') if terminal else shown == ''  # the line is left empty
+        assert capsys.readouterr().out == 'step 0\nstep 1\nstep 2\n'
 
 
 def test_read_rows(tmp_path):
@@ -569,7 +552,6 @@ def test_read_rows(tmp_path):
 
 def test_a_reader_that_has_enough_ends_a_script_quietly():
     """As `python ppo.py --help | head -1` does: what is written after the pipe broke is dropped."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     code = 'import sys; from config import one_line; sys.excepthook = one_line\nfor _ in range(20000): print("x" * 100)'
-    done = subprocess.run(f"{sys.executable} -c '{code}' | head -1", shell=True, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(f"{sys.executable} -c '{code}' | head -1", shell=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == 'x' * 100 + '\n' and not done.stderr
