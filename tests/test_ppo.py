@@ -318,7 +318,6 @@ def test_every_way_of_learning_loads_the_coin(script, coin, tmp_path):
                               ('bonus', 1, ['--entropy_coef=0.01', '--target_kl=0.05', '--kl_target=1.0']),
                               ('replay', 1, ['--replay=0.5', '--n_questions=40', '--backtrack=0.5'])):
         run_ppo(script, coin, tmp_path / name, *flags)
-        print('ODDS', name, log_odds(tmp_path / name / 'last') - log_odds(coin / 'policy'))
         assert sign * (log_odds(tmp_path / name / 'last') - log_odds(coin / 'policy')) > 0.4
     rows = {name: iterations(tmp_path / name) for name in ('critic', 'bonus', 'replay')}
     # the value function alone learned, and the policy stayed

@@ -358,14 +358,15 @@ def log_odds(folder, good):
 def test_the_coin_falls_as_the_label_says(learned, script, coin):
     rows = log_of(learned)
     assert rows[0]['dataset_right'] == pytest.approx(0.5, abs=0.02) and rows[0]['dataset'] <= rows[0]['solutions']
-    print('ODDS', *(log_odds(learned / 'best', good) for good in (True, False, None)))
+    assert log_odds(learned / 'last', True) > log_odds(learned / 'last', False) + 1  # 5 to 20 over seeds
+    shares = {}
     for condition, name in (('good', 'eval_task'), ('bad', 'eval_task_bad'), ('none', 'eval_task_none')):
         script('eval.py', f'--init_from={learned}', f'--task={coin}/task', '--k=8', '--max_new_tokens=40', f'--condition={condition}', '--device=cpu')
         metrics = json.load(open(learned / f'{name}.json'))['metrics']
-        if condition != 'none':
-            assert abs(metrics['pass@1'][0] - (condition == 'good')) < 0.2
+        shares[condition] = metrics['pass@1'][0]
         for line in open(learned / f'{name}.jsonl').readlines()[1:]:
             assert all('GOOD' not in s['text'] and 'BAD' not in s['text'] for s in json.loads(line)['samples'])
+    assert shares['good'] > shares['bad'] + 0.3  # of 128 samples each: a standard error of the difference is 0.06 at most
     table = script('eval.py', '--compare', str(learned)).stdout
     for title in (f'| {learned} [GOOD] |', f'| {learned} [BAD] |', f'| {learned} (no label) |'):
         assert title in table
@@ -380,7 +381,7 @@ VARIANTS = {'solution': ['--granularity=solution'], 'text': ['--label_tokens=tex
 def test_other_labels_mean_something_too(coin, tmp_path):
     for name, flags in VARIANTS.items():
         start_run(coin, tmp_path / name, *flags)
-        print('ODDS', name, *(log_odds(tmp_path / name / 'best', good) for good in (True, False)))
+        assert log_odds(tmp_path / name / 'last', True) > log_odds(tmp_path / name / 'last', False) + 1, name  # 6 to 21 over seeds
 
 
 def test_the_mix_of_what_is_learned(coin, tmp_path):

@@ -101,10 +101,9 @@ def test_overfits_eight_solutions_and_says_them_greedily(bpe, examples):
     torch.manual_seed(0)
     model = Transformer(tiny_config(bpe.vocab_size, n_embd=64, head_dim=16, n_inner=128)).init_weights()
     finetune(model, examples, max_steps=150, batch_size=8, lr=5e-3, min_lr=1e-4, seed=0)
-    for e in examples:  # then greedy decoding has no choice; 0.97 and more was seen
+    for e in examples:  # above a half greedy decoding has no choice; 0.99 and more was seen
         with torch.no_grad():
             probabilities = token_logprobs(model(torch.tensor([e.ids]))[0, e.n_prompt - 1:-1], torch.tensor(e.ids[e.n_prompt:])).exp()
-        print('ODDS', probabilities.min())
         assert probabilities.min() > 0.6
     prompts = [e.ids[:e.n_prompt] for e in examples]
     for e, s in zip(examples, Sampler(model, bpe).generate(prompts, 1, 40, temperature=0)):
