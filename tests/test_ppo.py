@@ -1,9 +1,12 @@
 """PPO: its formulas against goldens, closed forms and exact enumeration; then the script, on a coin that it has to load."""
+import copy
 import functools
+import itertools
 import json
 import math
 import os
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -91,6 +94,33 @@ def test_group_advantages_are_leave_one_out():
         others = [total[i] for i in range(row // 3 * 3, row // 3 * 3 + 3) if i != row]
         assert torch.allclose(a[row][mask[row]], total[row] - sum(others) / 2)
     assert torch.allclose(a[:, 0].view(2, 3).sum(1), torch.zeros(2, dtype=torch.float64), atol=1e-9)
+
+
+def test_samples_that_tie_have_no_advantage_and_move_nothing():
+    mask = torch.ones(8, 5, dtype=torch.bool)
+    rewards = torch.zeros(8, 5)
+    rewards[torch.arange(8), torch.arange(8) % 5] = 0.35  # no binary fraction, at different places
+    assert not ppo.group_advantages(rewards, mask, 8).any()
+    for step in range(3):  # the same steps in another order
+        rewards[:, step] = 1 / 3
+    parts = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.7])
+    shuffled = torch.stack([parts[torch.randperm(5, generator=torch.Generator().manual_seed(i))] for i in range(8)])
+    assert not ppo.group_advantages(shuffled, mask, 8).any()
+    noise = 1e-8 * torch.randn(8, 5, generator=torch.Generator().manual_seed(0))  # of a KL that is 0 but for rounding
+    assert not ppo.group_advantages(shuffled + noise, mask, 8).any()
+    shuffled[3, 2] += 1e-3  # and what does not tie has one
+    assert ppo.group_advantages(shuffled, mask, 8).all()
+    for shift_mean in (True, False):
+        assert not ppo.whiten(torch.full((8, 5), 0.35) + noise, mask, shift_mean).any()
+    assert ppo.whiten(shuffled, mask).any()
+
+
+def test_importance_weights():
+    new, sampled = torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-1.0, -3.0, -1.0])
+    assert ppo.importance_weights(new, sampled, 2.0).tolist() == pytest.approx([1, 2, math.exp(-2)])
+    # with them the mean over what q drew is the mean under p, as long as nothing reaches the cap
+    p, q, f = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2]), torch.tensor([1.0, 5.0, -2.0])
+    assert (q * ppo.importance_weights(p.log(), q.log(), 2.0) * f).sum().item() == pytest.approx((p * f).sum().item())
 
 
 # -----------------------------------------------------------------------------
@@ -292,6 +322,17 @@ def test_the_coin_is_loaded_and_the_log_says_how(script, coin, tmp_path):
                 'update_tokens_per_second'):
         assert math.isfinite(rows[-1][key]), key
     assert rows[-1]['reward_outcome'] == rows[-1]['share_correct']
+    for row in rows:
+        assert row['mean_return'] == pytest.approx(row['share_correct'] + row['reward_kl'], abs=1e-5)
+        assert row['kl_solution'] == pytest.approx(row['kl'] * row['response_tokens'], rel=1e-3, abs=1e-5)
+        of_a_question = [sum(s['correct'] for s in samples if s['iteration'] == row['iteration'] and s['question'] == q)
+                         for q in {s['question'] for s in samples if s['iteration'] == row['iteration']}]
+        assert row['all_right'] == of_a_question.count(4) / 16 and row['all_wrong'] == of_a_question.count(0) / 16
+        assert row['advantage_std'] > 0 and 0.5 < row['mean_ratio'] < 2 and row['largest_ratio'] >= row['mean_ratio']
+    assert rows[0]['mean_value'] == 0 != rows[-1]['mean_value']  # the value head starts at zero
+    val = [row for row in map(json.loads, open(tmp_path / 'run' / 'log.jsonl')) if 'val_maj1' in row][-1]
+    n = 16  # problems of the validation
+    assert val['val_maj1_error'] == pytest.approx((val['val_maj1'] * (1 - val['val_maj1']) / (n - 1)) ** 0.5)
     assert len(samples) == 256 and [s['iteration'] for s in samples] == sorted(s['iteration'] for s in samples)
     questions = [s['question'] for s in samples]  # 64 questions, 16 of them an iteration: all of them once before any again
     assert len(set(questions)) == 64 and all(questions.count(q) == 4 for q in set(questions))
@@ -328,6 +369,33 @@ def test_every_way_of_learning_loads_the_coin(script, coin, tmp_path):
     given = [s for s in samples_of(tmp_path / 'replay') if s['prefix']]
     assert given and all(s['prefix'] == '1+1=<<1+1=2>>2\n' and s['text'].count('<<') == 0 for s in given if s['correct'])
     assert rows['replay'][0]['backtracked'] > 0 and rows['replay'][-1]['backtracked'] == 0
+
+
+def test_a_setting_that_was_changed_counts_and_not_the_state(script, coin, tmp_path):
+    flags = ['--kl_target=1', '--kl_horizon=100', '--save_interval=1']
+    run_ppo(script, coin, tmp_path / 'run', *flags, '--n_iterations=1')
+    shutil.copytree(tmp_path / 'run', tmp_path / 'changed')
+    run_ppo(script, coin, tmp_path / 'run', *flags, '--n_iterations=2', '--init_from=resume')
+    printed = run_ppo(script, coin, tmp_path / 'changed', *flags, '--n_iterations=2', '--init_from=resume', '--kl_coef=0.5').stdout
+    assert 'kl_coef 0.05 -> 0.5' in printed
+    assert iterations(tmp_path / 'run')[-1]['kl_coef'] == ppo.adapted(0.05, 0.0, 1.0, 64, 100)  # as it had adapted
+    assert iterations(tmp_path / 'changed')[-1]['kl_coef'] == 0.5
+
+
+def test_the_samplers_gap_is_watched_in_every_iteration(script, coin, tmp_path, monkeypatch):
+    """The policy that draws the second iteration's samples is another one than the policy that learns."""
+    right, calls = Transformer.for_sampling, itertools.count()
+
+    def wrong_later(self, dtype):
+        policy = copy.deepcopy(right(self, dtype))
+        if next(calls) == 2:  # after the validation before the first iteration, and the first iteration's rollouts
+            with torch.no_grad():
+                policy.norm.weight.mul_(1.2)
+        return policy
+    monkeypatch.setattr(Transformer, 'for_sampling', wrong_later)
+    printed = run_ppo(script, coin, tmp_path / 'run', '--n_iterations=3', '--importance_cap=2').stdout
+    assert printed.count('warning: the log-probs of sampler and trainer differ by') == 1
+    assert [row['sampler_gap'] > 1e-3 for row in iterations(tmp_path / 'run')] == [False, True, False]
 
 
 def test_the_result_does_not_depend_on_the_micro_batches(script, coin, tmp_path):
