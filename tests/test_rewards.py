@@ -709,6 +709,7 @@ def test_rerank_and_the_orm_as_a_filter(coin, judges, script, tmp_path):
     row = [row for row in map(json.loads, open(tmp_path / 'ei' / 'log.jsonl')) if 'new_right' in row][0]
     assert row['new_right'] > row['share_correct'] + 0.2 and row['new_solutions'] >= 10
     assert 'reward_model' in script(*ei, f'--out_dir={tmp_path}/no', code=2).stderr
+    assert 'keeps nothing' in script(*ei, f'--out_dir={tmp_path}/no', f'--reward_model={judges}/orm', '--tau=1.0', code=2).stderr
     assert 'of kind prm, not orm' in script(*ei, f'--out_dir={tmp_path}/no', f'--reward_model={judges}/prm', '--tau=0.5', code=2).stderr
 
 
