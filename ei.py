@@ -146,6 +146,8 @@ if __name__ == '__main__':
         check_same_tokenizer(load_tokenizer(base, conditioned=False), tok, f'{base} and {policy_from}')
     if reward not in ('sparse', 'orm') or (reward == 'orm') != bool(reward_model):
         raise UserError("reward is 'sparse', or 'orm' with a reward_model")
+    if tau <= 0:
+        raise UserError('tau must be above 0: wrong solutions have a return of 0')
     if reward == 'orm' and tau >= 1:
         raise UserError(f"tau = {tau} with reward = 'orm' keeps nothing: a score is below 1")
     scorer = None

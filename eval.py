@@ -128,7 +128,11 @@ def explore(sampler, problems, path, k, max_new_tokens, temperature, seed, desc,
 
     Each problem is a line of the file `path`, written as it comes. What is there already is not drawn again; since a
     sample depends on seed and question alone, an exploration in pieces, or spread over processes, equals one in a single go."""
-    n_rows, stop, tok = sum(1 for _ in samples_of(path, problems)), (rewards.NEXT_QUESTION,) if examples else (), sampler.tokenizer
+    stop, tok = (rewards.NEXT_QUESTION,) if examples else (), sampler.tokenizer
+    counts = [len(records) for records in samples_of(path, problems)]
+    n_rows = len(counts)
+    if n_rows < len(problems) and set(counts) - {k}:  # what is there already would not be what was asked for
+        raise UserError(f'{path} holds {counts[0]} samples a question, not k = {k}; go on with that k, or start with --overwrite')
     prompts = [tok.encode_prompt(rewards.prompt(p.question, examples)) for p in problems]
     refuse_too_long(sampler, prompts, max_new_tokens)
     first = first_numbers(prompts, k)

@@ -1307,7 +1307,8 @@ def memory_needed(models, dtype, micro_tokens, longest, max_rows=0, longest_prom
     kept_dtype = torch.float32 if any(isinstance(m, LoRALinear) for m in policy.modules()) else dtype  # as adapters add
     learning = activation_bytes(c, micro_tokens, longest, kept_dtype, policy.grad_checkpointing, device)
     copied = policy.shard == 'fsdp' or dtype != policy.embed.weight.dtype
-    copy = policy.n_params() * dtype.itemsize if copied and max_rows else 0
+    sizes = [p.numel() * (4 if 'lora_' in name or 'fixed_' in name else dtype.itemsize) for name, p in policy.named_parameters()]
+    copy = sum(sizes) if copied and max_rows else 0
     cache = cache_bytes(c, max_rows, longest_prompt, max_rows, max_new_tokens, dtype, device)
     linear = sum(m.weight.numel() for m in policy.modules() if isinstance(m, Linear))
     packed = linear * dtype.itemsize if max_rows and device.type == 'cpu' and can_pack(dtype) else 0
@@ -1323,12 +1324,12 @@ def memory_needed(models, dtype, micro_tokens, longest, max_rows=0, longest_prom
 def disk_needed(config, n_exports, keep_states=0, lora_rank=0, n_learners=1):
     """A line of arithmetic: the bytes that a run's states and checkpoints take on the disk. A state has the weights that learn and Adam's
     two averages in fp32; a new one is written beside the two that stay while the run goes on, and keep_states of them stay when it has
-    finished. n_exports: checkpoints, in fp32 at most, adapters merged. n_learners: transformers that learn, of equal shape."""
+    finished. n_exports: checkpoints, in fp32 at most, and adapters beside them. n_learners: transformers that learn, of equal shape."""
     with torch.device('meta'):
         model = Transformer(config)
-        export = 4 * model.n_params()
         if lora_rank:
             model.add_lora(lora_rank)
+        export = 4 * model.n_params()
     state = 12 * n_learners * sum(p.numel() for p in model.parameters() if p.requires_grad)
     return (f'disk at most about {size_text(3 * state + n_exports * export)}, {size_text(keep_states * state + n_exports * export)} when '
             f'finished: up to 3 states of {size_text(state)}, then {keep_states}, and {n_exports} checkpoints of {size_text(export)}')

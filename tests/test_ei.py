@@ -59,6 +59,8 @@ def test_exploration_in_pieces_equals_one_in_a_single_go(bpe, tmp_path):
     lines = (tmp_path / 'whole').read_text()
     assert len(whole) == 29 and all(len(records) == 2 for records in whole) and lines.count('\n') == 29
     (tmp_path / 'torn').write_text(lines[:len(lines) // 2])  # killed while it wrote a line
+    with pytest.raises(UserError, match='samples a question, not k'):  # which would not be what was asked for
+        explore(sampler, problems, str(tmp_path / 'torn'), **arguments | {'k': arguments['k'] + 1})
     drawn = []
     generate = sampler.generate
     sampler.generate = lambda prompts, *a, **k: drawn.extend(prompts) or generate(prompts, *a, **k)
@@ -288,7 +290,7 @@ def test_what_cannot_fit_is_refused_before_any_work(coin, base, script, tmp_path
     done = script(*command('rcrl', coin, f'{base}/../short', tmp_path / 'run'), code=2)
     assert 'exceed the context of 32' in done.stderr
     done = script(*command('rewards', coin, base, tmp_path / 'run', f'--base={base}/../short'), code=2)
-    assert 'has a context of 32 tokens, too short for the solutions' in done.stderr and not (tmp_path / 'run').exists()
+    assert 'has a context of 32 tokens, shorter than the policy' in done.stderr and not (tmp_path / 'run').exists()
 
 
 def test_the_defaults_of_sft_work_from_scratch(coin, script, tmp_path):

@@ -5,15 +5,13 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, loud, tiny_config
+from conftest import loud, run_script, tiny_config
 
 import rewards
 from config import UserError
@@ -611,8 +609,7 @@ def judges(coin, tmp_path_factory):
     """An ORM and a PRM for the coin's policy. -> the folder, with orm/ and prm/."""
     folder = tmp_path_factory.mktemp('judges')
     for kind in ('orm', 'prm'):
-        subprocess.run([sys.executable, 'rewards.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--kind={kind}', f'--out_dir={folder}/{kind}',
-                        *MODELS], cwd=ROOT, check=True, capture_output=True)
+        run_script('rewards.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--kind={kind}', f'--out_dir={folder}/{kind}', *MODELS)
     return folder
 
 
