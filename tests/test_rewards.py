@@ -1,7 +1,6 @@
 """Problems, prompts, the answer check, steps and equations, on texts made here."""
 import json
 import math
-import os
 import random
 import re
 import shutil
