@@ -2,6 +2,7 @@
 import io
 import itertools
 import json
+import logging
 import os
 import runpy
 import signal
@@ -27,6 +28,8 @@ from model import ModelConfig, Transformer  # noqa: E402
 from rewards import Problem  # noqa: E402
 from sample import learn_bpe, load_tokenizer  # noqa: E402
 from sft import finetune, loss_sum, solution_examples  # noqa: E402
+
+logging.getLogger('c10d-NullHandler-dcp_logger').disabled = True  # a state's every tensor, among what a failed test has logged
 
 TEXTS = ['Question: Tom has 3 apples and buys 14 more. How many apples does Tom have?\nAnswer: Tom has 3+14=<<3+14=17>>17 apples.\n#### 17',
          'Question: Ann sells 4 pens for 5 dollars each. How much money does Ann get?\nAnswer: Ann gets 4*5=<<4*5=20>>20 dollars.\n#### 20']

@@ -339,9 +339,10 @@ def start_run(coin, out, *flags):
 
 @pytest.fixture(scope='module')
 def learned(coin, tmp_path_factory):
-    """rcrl.py on the coin's task, whose right and wrong solutions differ in their first step."""
+    """rcrl.py on the coin's task, whose right and wrong solutions differ in their first step. Labels that are text differ from the
+    first update on; new tokens, which start equal, take a varying number of updates until they do."""
     out = tmp_path_factory.mktemp('rcrl') / 'run'
-    start_run(coin, out)
+    start_run(coin, out, '--label_tokens=text')
     return out
 
 
@@ -358,7 +359,7 @@ def log_odds(folder, good):
 def test_the_coin_falls_as_the_label_says(learned, script, coin):
     rows = log_of(learned)
     assert rows[0]['dataset_right'] == pytest.approx(0.5, abs=0.02) and rows[0]['dataset'] <= rows[0]['solutions']
-    assert log_odds(learned / 'last', True) > log_odds(learned / 'last', False) + 1  # 5 to 20 over seeds
+    assert log_odds(learned / 'last', True) > log_odds(learned / 'last', False) + 5  # 18 to 21 over seeds
     shares = {}
     for condition, name in (('good', 'eval_task'), ('bad', 'eval_task_bad'), ('none', 'eval_task_none')):
         script('eval.py', f'--init_from={learned}', f'--task={coin}/task', '--k=8', '--max_new_tokens=40', f'--condition={condition}', '--device=cpu')
@@ -374,18 +375,18 @@ def test_the_coin_falls_as_the_label_says(learned, script, coin):
     assert '#### ' in said and '[BAD]' not in said
 
 
-VARIANTS = {'solution': ['--granularity=solution'], 'text': ['--label_tokens=text'], 'half': ['--good_share=0.5', '--right_share=0']}
+VARIANTS = {'new': [], 'solution': ['--granularity=solution'], 'half': ['--good_share=0.5', '--right_share=0']}
 
 
 @pytest.mark.slow
 def test_other_labels_mean_something_too(coin, tmp_path):
     for name, flags in VARIANTS.items():
-        start_run(coin, tmp_path / name, *flags)
+        start_run(coin, tmp_path / name, *flags, '--max_steps=300', '--eval_interval=300')
         assert log_odds(tmp_path / name / 'last', True) > log_odds(tmp_path / name / 'last', False) + 1, name  # 6 to 21 over seeds
 
 
 def test_the_mix_of_what_is_learned(coin, tmp_path):
-    rows = {name: start_run(coin, tmp_path / name, *flags, '--max_steps=1') for name, flags in VARIANTS.items()}
+    rows = {name: start_run(coin, tmp_path / name, *VARIANTS[name], '--max_steps=1') for name in ('solution', 'half')}
     assert [name for name, row in rows.items() if row['rollouts_drawn'] == 0] == ['solution']
     assert rows['half']['learned_good'] == pytest.approx(0.5, abs=0.1)
     # both at once, and more good steps than the chosen solutions have: of a wrong one, whose steps are all bad, the last stays
@@ -399,7 +400,7 @@ def test_stopped_anywhere_it_ends_the_same(learned, script, coin, tmp_path):
         text = path.read_text()
         path.write_text(text[:int(len(text) * share)])
 
-    flags = [f'--task={coin}/task', f'--base={coin}/policy', *RUN, '--init_from=resume']
+    flags = [f'--task={coin}/task', f'--base={coin}/policy', *RUN, '--label_tokens=text', '--init_from=resume']
     for name in ('sampling', 'labelling'):
         (tmp_path / name).mkdir()
         for file in ('config.json', 'samples.jsonl') + (('labels.jsonl',) if name == 'labelling' else ()):
@@ -411,7 +412,7 @@ def test_stopped_anywhere_it_ends_the_same(learned, script, coin, tmp_path):
 
 
 def test_stopped_while_it_learns_it_ends_the_same(learned, script, coin, tmp_path, monkeypatch):
-    flags = [f'--task={coin}/task', f'--base={coin}/policy', f'--out_dir={tmp_path}/run', *RUN]
+    flags = [f'--task={coin}/task', f'--base={coin}/policy', f'--out_dir={tmp_path}/run', *RUN, '--label_tokens=text']
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Checkpoints, 'save', dies_after(1, Checkpoints.save))
         script('rcrl.py', *flags, f'--init_from={coin}/policy')
