@@ -382,7 +382,7 @@ VARIANTS = {'new': [], 'solution': ['--granularity=solution'], 'half': ['--good_
 def test_other_labels_mean_something_too(coin, tmp_path):
     for name, flags in VARIANTS.items():
         start_run(coin, tmp_path / name, *flags, '--max_steps=300', '--eval_interval=300')
-        assert log_odds(tmp_path / name / 'last', True) > log_odds(tmp_path / name / 'last', False) + 1, name  # 6 to 21 over seeds
+        assert log_odds(tmp_path / name / 'last', True) > log_odds(tmp_path / name / 'last', False) + 5, name  # 16 to 30 over seeds
 
 
 def test_the_mix_of_what_is_learned(coin, tmp_path):

