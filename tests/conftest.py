@@ -35,6 +35,23 @@ TEXTS = ['Question: Tom has 3 apples and buys 14 more. How many apples does Tom 
          'Question: Ann sells 4 pens for 5 dollars each. How much money does Ann get?\nAnswer: Ann gets 4*5=<<4*5=20>>20 dollars.\n#### 20']
 
 
+def pytest_addoption(parser):
+    parser.addoption('--slow', action='store_true', help='also run what takes long: faults at many moments, three processes, whole chains')
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: takes long; runs with --slow')
+    config.addinivalue_line('markers', 'cuda: needs a CUDA GPU')
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if 'slow' in item.keywords and not config.getoption('--slow'):
+            item.add_marker(pytest.mark.skip(reason='slow: runs with --slow'))
+        if 'cuda' in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason='needs a CUDA GPU'))
+
+
 def real_data(*parts):
     """A path within the folder that DATA_DIR names; the test is skipped, saying so, where that is not there."""
     path = os.path.join(os.environ.get('DATA_DIR', ''), *parts)
