@@ -21,6 +21,7 @@ import os
 import shutil
 import sys
 import time
+import uuid
 import warnings
 import zipfile
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
 
-from config import SEVERAL, UserError, override, stop_asked
+from config import RANK, SEVERAL, UserError, override, stop_asked
 
 # -----------------------------------------------------------------------------
 # settings, for running this file as a script
@@ -1128,20 +1129,8 @@ def setup(device='auto', dtype='auto', seed=0):
         torch.empty(1, device=device)
     except Exception as error:
         raise UserError(f'device {str(device)!r} cannot be used: {str(error).strip().split(chr(10))[0]}') from None
-    if SEVERAL and not dist.is_initialized():
-        # Objects and flags go over gloo, tensors on a GPU over NCCL. Hours, since a process waits where another still draws samples; one
-        # that dies is noticed by torchrun at once, and not by this.
-        hook, patience = sys.excepthook, timedelta(hours=4)
-        store, number, n = next(rendezvous('env://', timeout=patience))
-        # After a restart by torchrun the store still has the addresses of the processes that are gone.
-        store = dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', store=store, rank=number, world_size=n, timeout=patience)
-        sys.excepthook = hook  # which init_process_group replaces by one that swallows what ours writes
-        # The end of a process, where PyTorch takes down its threads, now and then aborts ("terminate called without an active exception"),
-        # after everything is done; torchrun would take it for a failure.
-        atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(1 if hasattr(sys, 'last_type') else 0)))
-        if rank() > 0:
-            sys.stdout = open(os.devnull, 'w')  # what is printed is the same for all
+    if (SEVERAL or 'TORCHELASTIC_RUN_ID' in os.environ) and not dist.is_initialized():
+        join_job(device)
     if dtype == 'auto':
         dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
     if dtype not in ('float32', 'bfloat16'):
@@ -1153,6 +1142,62 @@ def setup(device='auto', dtype='auto', seed=0):
         fast_cpu_matmul()
         keep_freed_memory()
     return device, getattr(torch, dtype)
+
+
+# Of one start the processes come within seconds of each other; importing torch from a cold network disk takes a minute or two.
+START_PATIENCE = timedelta(minutes=5)
+PATIENCE = timedelta(hours=4)  # later: a process waits where another still draws samples. One that dies is noticed by torchrun at once
+
+
+def join_job(device):
+    """The processes that torchrun has started find each other. RUN_JOB, in the environment, then names the job that its restarts
+    share: it is kept in the store of torchrun, which outlives the processes and ends with the job."""
+    try:
+        store, number, n = next(rendezvous('env://', timeout=START_PATIENCE))
+    except dist.DistError as error:
+        raise UserError(f'process {RANK} waited {START_PATIENCE} for the others: {first_line(error)}') from None
+    os.environ['RUN_JOB'] = store.compare_set('job', '', uuid.uuid4().hex).decode()
+    if n == 1:
+        return
+    name = meet(store, number, n)
+    store.set_timeout(PATIENCE)
+    # Objects and flags go over gloo, tensors on a GPU over NCCL.
+    hook, backend = sys.excepthook, 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+    try:
+        dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=number, world_size=n, timeout=START_PATIENCE)
+    except RuntimeError as error:
+        raise UserError(f'process {number} of {n} met the others, but cannot connect to them: {first_line(error)}') from None
+    dist.group.WORLD.set_timeout(PATIENCE)
+    sys.excepthook = hook  # which init_process_group replaces by one that swallows what ours writes
+    # The end of a process, where PyTorch takes down its threads, now and then aborts ("terminate called without an active exception"),
+    # after everything is done; torchrun would take it for a failure.
+    atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(1 if hasattr(sys, 'last_type') else 0)))
+    if rank() > 0:
+        sys.stdout = open(os.devnull, 'w')  # what is printed is the same for all
+
+
+def meet(store, number, n):
+    """A random name that the n processes of this start share, and those of no other start. UserError after START_PATIENCE says who
+    did not come.
+
+    The store may still hold what processes wrote that are gone, and nothing in the environment tells one start from another: an agent
+    of torchrun counts the failures of its own processes (TORCHELASTIC_RESTART_COUNT), not those of other hosts. So each process
+    writes a random word of its own beside the words that it has read of the others, again and again, until all have written the same
+    words. Who has read a process's word is there now, and so is then everyone."""
+    keys, words = [f'word {i} of {n}' for i in range(n)], [''] * n
+    words[number], deadline = uuid.uuid4().hex, time.time() + START_PATIENCE.total_seconds()
+    for key in keys:
+        store.append(key, '')  # all can be read at once, whether they are written or not
+    while True:
+        store.set(keys[number], json.dumps(words))
+        found = [json.loads(text) if text else [''] * n for text in store.multi_get(keys)]
+        if all(theirs == words for theirs in found):
+            return words[0]
+        absent = [str(i) for i in range(n) if found[i][number] != words[number]]
+        if time.time() > deadline:
+            raise UserError(f'process {number} of {n} waited {START_PATIENCE} for those that did not come: {", ".join(absent)}')
+        words = [theirs[i] for i, theirs in enumerate(found)]
+        time.sleep(0.05)
 
 
 def fast_cpu_matmul():

@@ -243,13 +243,12 @@ def leave(what='', resume='--init_from=resume'):
 # a run's folder
 
 def resuming(init_from, out_dir, export='last'):
-    """Whether to go on with the run in out_dir: asked for by init_from = 'resume', or since torchrun (--max-restarts) has started this
-    job again after a failure. UserError where there is no run to go on with, or one that has written `export`, its last checkpoint, and
-    kept no state."""
+    """Whether to go on with the run in out_dir: asked for by init_from = 'resume', or since this torchrun job has begun it and was started
+    again after a failure (--max-restarts). UserError where there is no run to go on with, or one that has written `export`, its last
+    checkpoint, and kept no state."""
     if init_from == 'resume' and not read_run(out_dir):
         raise UserError(f'{out_dir}: there is no run to resume')
-    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and read_run(out_dir).get('_job') == job()
-    resumes = init_from == 'resume' or restarted
+    resumes = init_from == 'resume' or job() != '' and read_run(out_dir).get('_job') == job()
     states = os.path.join(out_dir, 'state')
     if resumes and os.path.exists(os.path.join(out_dir, export)) and not (os.path.isdir(states) and os.listdir(states)):
         raise UserError(f'{out_dir}: this run has finished and kept no state to go on from (keep_states = 0)')
@@ -257,10 +256,9 @@ def resuming(init_from, out_dir, export='last'):
 
 
 def job():
-    """What a process shares with those that torchrun started before it for the same job: the rendezvous' name, which is 'none' unless
-    given or made up (--standalone), and then the process that is torchrun. '' without torchrun."""
-    name = os.environ.get('TORCHELASTIC_RUN_ID', '')
-    return f'torchrun {os.getppid()}' if name == 'none' else name
+    """A random name that a process shares with those that torchrun started before it for the same job: see model.join_job. '' without
+    torchrun. Counts of restarts tell less: an agent does not count those that another host's failure causes."""
+    return os.environ.get('RUN_JOB', '')
 
 
 def start_run(settings, resume=False, overwrite=False):
@@ -273,7 +271,7 @@ def start_run(settings, resume=False, overwrite=False):
     out_dir = settings['out_dir']
     config = json.loads(json.dumps(settings)) | {'_commands': [shlex.join(sys.argv)], '_job': job()}  # as it will be read: tuples are lists
     try:
-        found = os.listdir(out_dir) if os.path.exists(out_dir) else []
+        found = [name for name in os.listdir(out_dir) if name != 'config.json.tmp'] if os.path.exists(out_dir) else []  # a kill leaves it
         before = read_run(out_dir)
         if resume and not before:
             raise UserError(f'{out_dir}: there is no run to resume')

@@ -330,15 +330,28 @@ def test_start_run_writes_the_settings(out, monkeypatch):
 
 
 def test_only_a_restart_of_the_same_job_goes_on_unasked(out, monkeypatch):
-    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'mine')
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'a name that other jobs have, too')
+    monkeypatch.setenv('RUN_JOB', 'mine')
     start_run(values(out))
-    assert not resuming('scratch', str(out)) and resuming('resume', str(out))
-    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
-    assert resuming('scratch', str(out)) and not resuming('scratch', str(out / 'elsewhere'))
-    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'another')
-    assert not resuming('scratch', str(out))
+    assert stored(out)['_job'] == 'mine'
+    for restarts in '01':  # its own agent may count none
+        monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', restarts)
+        monkeypatch.setenv('RUN_JOB', 'mine')
+        assert resuming('scratch', str(out)) and resuming('resume', str(out)) and not resuming('scratch', str(out / 'elsewhere'))
+        for another in ('another', ''):
+            monkeypatch.setenv('RUN_JOB', another)
+            assert not resuming('scratch', str(out)) and resuming('resume', str(out))
+    start_run(values(out) | {'out_dir': str(out / 'alone')})
+    assert not resuming('scratch', str(out / 'alone'))  # no job is not a job
     with pytest.raises(UserError, match='no run to resume'):
         resuming('resume', str(out / 'elsewhere'))
+
+
+def test_a_run_killed_before_its_settings_were_written_starts_again(out):
+    out.mkdir(parents=True)
+    (out / 'config.json.tmp').write_text('{')
+    start_run(values(out))
+    assert os.listdir(out) == ['config.json']
 
 
 def test_a_run_is_not_replaced_unasked(out):

@@ -2,16 +2,22 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+import model
+from config import UserError
 from conftest import ROOT, tiny_config
-from model import Transformer
+from model import Transformer, meet
 
 ONE = [sys.executable]
 TINY = ['--max_new_tokens=40', '--eval_problems=10', '--device=cpu', '--micro_tokens=512', '--max_rows=16']
@@ -141,6 +147,57 @@ def test_rcrl_and_reward_models_on_two_processes(coin, tmp_path):
         assert_same_weights(tmp_path / f'{kind}_one' / 'best', tmp_path / f'{kind}_two' / 'best', 1e-5)
     one, two = (log_of(tmp_path / f'prm_{n}', 'heldout_auroc')[-1] for n in ('one', 'two'))
     assert one['calibration_error'] == pytest.approx(two['calibration_error'], rel=1e-4)
+
+
+# -----------------------------------------------------------------------------
+# starts and restarts
+
+def meeting(store, numbers, n):
+    """What model.meet gives to these of n processes, here threads: {number: a name or an error}."""
+    found = {}
+
+    def enter(number):
+        try:
+            found[number] = meet(store, number, n)
+        except UserError as error:
+            found[number] = error
+    threads = [threading.Thread(target=enter, args=(number,)) for number in numbers]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.02)  # some read before the others have written
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_a_start_has_one_name_and_no_other_start_has_it(monkeypatch):
+    """Whatever is left in the store: all of an earlier start, parts of one that was killed while it met, a start of another size."""
+    store, names = dist.HashStore(), []
+    for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
+        found = meeting(store, order, 3)
+        assert len(set(found.values())) == 1 and sorted(found) == [0, 1, 2]
+        names.append(found[0])
+        with monkeypatch.context() as m:
+            m.setattr(model, 'START_PATIENCE', timedelta(seconds=0.2))
+            meeting(store, [0, 2], 3), meeting(store, [1], 3)
+    names.append(meeting(store, range(4), 4)[1])
+    assert len(set(names)) == 4
+
+
+def test_a_start_waits_minutes_and_says_for_whom(monkeypatch):
+    assert timedelta(minutes=1) < model.START_PATIENCE < timedelta(minutes=30) < timedelta(hours=1) < model.PATIENCE
+    store = dist.HashStore()
+    for numbers, seconds in (([0], 0), ([1, 3], 1)):  # process 0 was there before, process 2 never
+        monkeypatch.setattr(model, 'START_PATIENCE', timedelta(seconds=seconds))
+        found = meeting(store, numbers, 4)
+    for number in (1, 3):
+        assert str(found[number]) == f'process {number} of 4 waited 0:00:01 for those that did not come: 0, 2'
+    with socket.socket() as nobody:  # a port where nobody answers
+        nobody.bind(('127.0.0.1', 0))
+        for name, value in {'RANK': 1, 'WORLD_SIZE': 2, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': nobody.getsockname()[1]}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(UserError, match='waited 0:00:01 for the others'):
+            model.join_job(torch.device('cpu'))
 
 
 def test_a_process_that_dies_ends_the_job(coin, tmp_path):
