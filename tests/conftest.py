@@ -6,8 +6,10 @@ import logging
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 
@@ -44,6 +46,10 @@ def pytest_configure(config):
     config.addinivalue_line('markers', 'cuda: needs a CUDA GPU')
 
 
+    if getattr(config.option, 'dist', 'no') == 'load':  # pytest-xdist: what a file's tests share is made once
+        config.option.dist = 'loadfile'
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if 'slow' in item.keywords and not config.getoption('--slow'):
@@ -58,6 +64,31 @@ def real_data(*parts):
     if not os.environ.get('DATA_DIR') or not os.path.exists(path):
         pytest.skip(f'needs {"/".join(parts)} in the folder that the environment variable DATA_DIR names')
     return path
+
+
+def until(condition, job):
+    """Waits until there is progress; fails where the process ends before, or none comes for minutes."""
+    deadline = time.time() + 300
+    while not condition():
+        assert job.poll() is None, f'ended with {job.returncode} before there was progress'
+        assert time.time() < deadline, 'no progress'
+        time.sleep(0.01)
+
+
+def run_all(n, commands):
+    """Runs scripts, each a list of its name and flags, one after another in one start of n processes. -> what each process printed"""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        place = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1]), 'WORLD_SIZE': str(n)} if n > 1 else {}
+    jobs = [subprocess.Popen([sys.executable, os.path.join('tests', 'run_all.py'), json.dumps(commands)], cwd=ROOT, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True, env=os.environ | place | {'RANK': str(number)}) for number in range(n)]
+    try:
+        said = [job.communicate(timeout=300) for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert [job.returncode for job in jobs] == [0] * n, said
+    return [out for out, _ in said]
 
 
 @pytest.fixture(scope='session')

@@ -1,4 +1,4 @@
-"""Several processes: torchrun on the CPU with gloo runs the path that GPUs run with NCCL. One process is the oracle."""
+"""Several processes: gloo on the CPU runs the path that GPUs run with NCCL. One process is the oracle."""
 import json
 import os
 import signal
@@ -16,25 +16,38 @@ from safetensors.torch import load_file
 
 import model
 from config import UserError
-from conftest import ROOT, tiny_config
+from conftest import ROOT, run_all, tiny_config, until
 from model import Transformer, meet
+from test_faults import assert_same_run
 
-ONE = [sys.executable]
-TINY = ['--max_new_tokens=40', '--eval_problems=10', '--device=cpu', '--micro_tokens=512', '--max_rows=16']
+TINY = ['--max_new_tokens=40', '--device=cpu', '--micro_tokens=512', '--max_rows=16']
+SFT = ['--batch_size=7', '--max_steps=5', '--eval_interval=3', '--lr=1e-3', '--n_worked=20']  # 7: no multiple of the processes
+# A small rate: Adam divides a gradient by its own size, so that at a large one the rounding errors of small gradients grow with each step.
+PPO = ['--n_rollouts=20', '--minibatch=20', '--epochs=1', '--n_iterations=3', '--lr=1e-4', '--critic_lr=1e-3', '--temperature=1.0', '--show=0',
+       '--eval_interval=3', '--n_questions=40']
+PPO_KEYS = ['policy_loss', 'grad_norm', 'share_correct', 'kl_k3', 'entropy', 'approx_kl', 'reward_kl', 'response_tokens']
+GROUP = ['--advantage=group', '--lora_rank=4', '--epochs=2']
 
 
-def several(n):
+def command(coin, out, script, *flags):
+    few = ['--eval_problems=10'] if script in ('sft.py', 'ei.py', 'ppo.py', 'rcrl.py') else []
+    return [script, *TINY, *few, f'--task={coin}/task', f'--init_from={coin}/policy', f'--out_dir={out}', *flags]
+
+
+def torchrun(n):
     return [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
 
 
-def start(launcher, script, *flags):
-    done = subprocess.run([*launcher, script, *TINY, *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, f'{script} {flags} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}'
-    return done
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 
 def log_of(folder, key):
-    return [row for row in map(json.loads, open(os.path.join(folder, 'log.jsonl'))) if key in row]
+    rows = [row for row in map(json.loads, open(os.path.join(folder, 'log.jsonl'))) if key in row]
+    assert rows, f'{folder}: no {key}'
+    return rows
 
 
 def assert_close(a, b, keys, rel=1e-5):
@@ -46,107 +59,165 @@ def assert_close(a, b, keys, rel=1e-5):
 
 def assert_same_weights(a, b, tolerance=0.0):
     a, b = (load_file(os.path.join(folder, 'model.safetensors')) for folder in (a, b))
-    assert a.keys() == b.keys()
+    assert a.keys() == b.keys() and a
     for name in a:
         assert (a[name] - b[name]).abs().max() <= tolerance, name
 
 
-SFT = ['--batch_size=7', '--max_steps=5', '--eval_interval=3', '--lr=1e-3', '--n_worked=20']  # 7: no multiple of the processes
+def assert_same_sft(a, b):
+    assert_close(log_of(a, 'loss'), log_of(b, 'loss'), ['loss', 'grad_norm', 'lr'])
+    assert_close(log_of(a, 'val_loss'), log_of(b, 'val_loss'), ['val_loss', 'val_maj1'])
+    assert_same_weights(a / 'last', b / 'last', 1e-5)
+
+
+def assert_same_ppo(a, b, keys):
+    one, other = log_of(a, 'share_correct'), log_of(b, 'share_correct')
+    assert all(row['grad_norm'] > 0 for row in one)
+    assert_close(one, other, PPO_KEYS + keys)
+    samples = [[json.loads(line)['text'] for line in open(run / 'samples.jsonl')] for run in (a, b)]
+    assert samples[0] == samples[1] and len(samples[0]) == 60
+    assert_same_weights(a / 'last', b / 'last', 2e-4)
+
+
+# Rollouts from one place are dealt to all processes: together they are what one process draws.
+DRAW = """
+import json
+import sys
+from model import Transformer, rank, setup
+from sample import Sampler, answer, load_tokenizer
+setup('cpu')
+sampler = Sampler(Transformer.from_pretrained(sys.argv[1]), load_tokenizer(sys.argv[1]))
+drawn = [s.ids for s in answer(sampler, [[5, 6, 7]] * 6 + [[8]], 2, 10, 1.0)]
+if rank() == 0:
+    json.dump(drawn, open(sys.argv[2], 'w'))
+"""
+# What a process of two holds of a model whose rows do not divide evenly; loading, gathering and writing it back change nothing.
+PART = """
+import sys
+import torch
+from model import Transformer, autocast, rank, setup
+device, _ = setup('cpu')
+for name in ('tied', 'untied'):
+    whole = Transformer.from_pretrained(f'{sys.argv[1]}/{name}')
+    part = Transformer.from_pretrained(f'{sys.argv[1]}/{name}', shard='fsdp', lora_rank=2)
+    held = sum(p.to_local().numel() for p in part.parameters())
+    assert 0.4 < held / sum(p.numel() for p in part.parameters()) < 0.6
+    copy = part.for_sampling(torch.float32)
+    weights = dict(whole.named_parameters())
+    for key, p in copy.named_parameters():
+        assert torch.equal(p, weights[key]), key
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(part.run(lambda model, ids: model(ids), ids), whole(ids))
+    part.save_pretrained(f'{sys.argv[1]}/{name}_again')
+    rope = []  # the angles of rotary positions stay fp32 where products are bf16
+    half = Transformer.from_pretrained(f'{sys.argv[1]}/{name}', shard='fsdp', product_dtype=torch.bfloat16)
+    half.blocks[0].register_forward_pre_hook(lambda block, inputs: rope.append(inputs[1][0].dtype))
+    with torch.no_grad(), autocast(device, torch.bfloat16):
+        half.run(lambda model, ids: model(ids), ids)
+    assert rope == [torch.float32], rope
+"""
 
 
 @pytest.fixture(scope='module')
-def sft(coin, tmp_path_factory):
-    """Five updates in one process."""
-    out = tmp_path_factory.mktemp('sft') / 'one'
-    start(ONE, 'sft.py', f'--task={coin}/task', f'--init_from={coin}/policy', *SFT, f'--out_dir={out}')
-    return out
+def work(coin, bpe, tmp_path_factory):
+    """A folder with one/, what one process did, and two/, what two did."""
+    folder = tmp_path_factory.mktemp('processes')
+    torch.manual_seed(0)
+    for tied in (True, False):
+        whole = Transformer(tiny_config(bpe.vocab_size, tied=tied)).init_weights().add_value_head()
+        whole.save_pretrained(str(folder / ('tied' if tied else 'untied')), bpe)
+    (folder / 'draw.py').write_text(DRAW)
+    (folder / 'part.py').write_text(PART)
+    one = {'sft': ['sft.py', *SFT], 'torn': ['sft.py', *SFT, '--save_interval=1', '--max_steps=3'], 'ppo': ['ppo.py', *PPO, '--value_warmup=1'],
+           'group': ['ppo.py', *PPO, *GROUP]}
+    two = {f'{name} {shard}': [*one[name], f'--shard={shard}'] for name, shard in (('sft', 'ddp'), ('sft', 'fsdp'), ('ppo', 'ddp'), ('ppo', 'fsdp'),
+                                                                                 ('group', 'fsdp'))}
+    for shard in ('ddp', 'fsdp'):  # the type that GPUs compute in
+        two |= {f'bf16 {shard}': ['sft.py', *SFT, '--dtype=bfloat16', f'--shard={shard}'],
+                f'bf16 lora {shard}': ['sft.py', *SFT, '--dtype=bfloat16', f'--shard={shard}', '--lora_rank=4']}
+    commands = {n: [command(coin, folder / n / name, *job) for name, job in jobs.items()] for n, jobs in (('one', one), ('two', two))}
+    for n in ('one', 'two'):
+        commands[n] += [[f'{folder}/draw.py', f'{folder}/tied', f'{folder}/{n}/drawn.json']]
+    run_all(1, commands['one'])
+    (folder / 'one' / 'torn' / 'state' / '00000003' / 'sha256.json').write_text('{"state')
+    commands['two'] += [[*command(coin, folder / 'one' / 'torn', *one['torn']), '--init_from=resume'], [f'{folder}/part.py', str(folder)]]
+    (folder / 'two' / 'said').write_text(json.dumps(run_all(2, commands['two'])))
+    return folder
 
 
-@pytest.mark.parametrize('n, flags', [(2, ['--shard=ddp']), (2, ['--shard=fsdp']), (3, ['--shard=fsdp', '--grad_checkpointing', '--micro_tokens=64'])])
-def test_sft_is_the_same_on_several_processes(sft, coin, tmp_path, n, flags):
-    done = start(several(n), 'sft.py', f'--task={coin}/task', f'--init_from={coin}/policy', *SFT, f'--out_dir={tmp_path}/run', *flags)
-    assert_close(log_of(sft, 'loss'), log_of(tmp_path / 'run', 'loss'), ['loss', 'grad_norm', 'lr'])
-    assert_close(log_of(sft, 'val_loss'), log_of(tmp_path / 'run', 'val_loss'), ['val_loss', 'val_maj1'])
-    assert_same_weights(sft / 'last', tmp_path / 'run' / 'last', 1e-5)
-    assert done.stdout.count('best checkpoint') == 1  # one process speaks
+def test_sft_is_the_same_on_two_processes(work):
+    for shard in ('ddp', 'fsdp'):
+        assert_same_sft(work / 'one' / 'sft', work / 'two' / f'sft {shard}')
 
 
-def test_any_number_of_processes_goes_on_from_a_state(sft, coin, tmp_path):
-    flags = [f'--task={coin}/task', f'--init_from={coin}/policy', *SFT, f'--out_dir={tmp_path}/run']
-    start(several(3), 'sft.py', *flags, '--shard=fsdp', '--max_steps=3')
-    states = sorted(os.listdir(tmp_path / 'run' / 'state'))
-    assert states == ['00000003'] and sum(name.endswith('.safetensors') for name in os.listdir(tmp_path / 'run' / 'state' / states[0])) == 3
+def test_ppo_is_the_same_on_two_processes(work):
+    for name, keys in (('ppo ddp', ['value_loss', 'explained_variance']), ('ppo fsdp', ['value_loss', 'explained_variance']), ('group fsdp', [])):
+        assert_same_ppo(work / 'one' / name.split()[0], work / 'two' / name, keys)
+
+
+def test_bf16_under_fsdp_is_bf16_under_ddp(work):
+    """Within its rounding, with and without adapters."""
+    for name in ('bf16', 'bf16 lora'):
+        ddp, fsdp = ([row['loss'] for row in log_of(work / 'two' / f'{name} {shard}', 'loss')] for shard in ('ddp', 'fsdp'))
+        assert ddp == pytest.approx(fsdp, rel=0.03, abs=5e-3)
+
+
+def test_equal_prompts_in_different_processes_get_different_samples(work):
+    one, two = (json.loads((work / n / 'drawn.json').read_text()) for n in ('one', 'two'))
+    assert one == two and len({tuple(ids) for ids in one}) == 14
+
+
+def test_one_process_speaks_and_what_it_finds_is_known_to_all(work):
+    """A state whose list of checksums is torn: process 0 alone reads it, and all take the state before."""
+    first, second = json.loads((work / 'two' / 'said').read_text())
+    assert first.count('best checkpoint') == 7 and 'best checkpoint' not in second
+    assert first.count('00000003 is broken') == 1
+    assert [row['step'] for row in log_of(work / 'one' / 'torn', 'loss')] == [1, 2, 3, 3]
+
+
+def test_fsdp_holds_a_part_and_gives_back_the_whole(work):
+    for name in ('tied', 'untied'):  # see PART, which has run
+        assert_same_weights(work / name, work / f'{name}_again')
+        assert (work / name / 'value_head.safetensors').read_bytes() == (work / f'{name}_again' / 'value_head.safetensors').read_bytes()
+
+
+@pytest.mark.slow
+def test_three_processes_do_what_one_does(work, coin, tmp_path):
+    """Every script; and a state of three processes, which two go on from, and then one."""
+    EI = [f'--base={coin}/policy', '--k=3', '--max_steps=3', '--batch_size=8', '--lr=1e-3']
+    jobs = {'separate': ['ppo.py', *PPO, '--critic=separate', '--replay=0.2'],
+            'ei': ['ei.py', *EI, '--n_questions=21', '--n_worked=7', '--n_rounds=2'],
+            'rcrl': ['rcrl.py', *EI, '--n_questions=9', '--n_worked=5', '--rollouts=3', '--right_share=0', '--shard=auto'],
+            'prm': ['rewards.py', '--kind=prm', '--n_questions=9', '--k=3', '--rollouts=2', '--heldout=6', '--batch_size=8', '--lr=1e-3', '--epochs=2']}
+    parts = ['sft.py', *SFT, '--save_interval=1']
+
+    def commands(n):
+        shard = [] if n == 1 else ['--shard=fsdp']
+        runs = [command(coin, tmp_path / str(n) / name, *job, *shard) for name, job in jobs.items()]
+        evaluate = ['eval.py', *TINY[:2], '--max_rows=16', f'--task={coin}/task', f'--init_from={coin}/policy', '--split=val', '--n_problems=23', '--k=3']
+        return [*runs, [*evaluate, f'--out_dir={tmp_path}/{n}/ei'], [f'{work}/draw.py', f'{work}/tied', f'{tmp_path}/{n}/drawn.json'],
+                command(coin, tmp_path / f'parts{n}', *parts, '--max_steps=3', *shard)]
+    said = run_all(1, [*commands(1), *(command(coin, tmp_path / 'parts1', *parts, '--init_from=resume', f'--max_steps={last}') for last in (4, 5))])
+    assert 'resumed with other settings' in said[0]
+    said = run_all(3, [*commands(3), command(coin, tmp_path / '3' / 'sft', 'sft.py', *SFT, '--shard=fsdp', '--grad_checkpointing', '--micro_tokens=64')])
+    assert [text.count('| run |') for text in said] == [1, 0, 0]
+    assert_same_sft(work / 'one' / 'sft', tmp_path / '3' / 'sft')
+    assert_same_ppo(tmp_path / '1' / 'separate', tmp_path / '3' / 'separate', ['value_loss', 'explained_variance'])
+    for file in ('ei/samples_round1.jsonl', 'ei/eval_task.jsonl', 'rcrl/samples.jsonl', 'rcrl/labels.jsonl', 'prm/samples_train.jsonl',
+                 'prm/labels_train.jsonl', 'prm/labels_val.jsonl', 'drawn.json'):
+        assert (tmp_path / '1' / file).read_text() == (tmp_path / '3' / file).read_text() != '', file
+    for folder in ('ei/round1', 'rcrl/best', 'prm/best'):
+        assert_same_weights(tmp_path / '1' / folder, tmp_path / '3' / folder, 1e-5)
+    assert len((tmp_path / '1' / 'ei' / 'eval_task.jsonl').read_text().splitlines()) == 1 + 23
+    one, three = (log_of(tmp_path / n / 'prm', 'heldout_auroc')[-1] for n in '13')
+    assert one['calibration_error'] == pytest.approx(three['calibration_error'], rel=1e-4)
+    # the state of three
+    state = tmp_path / 'parts3' / 'state' / '00000003'
+    assert sum(name.endswith('.safetensors') for name in os.listdir(state)) == 3
     for n, last in ((2, 4), (1, 5)):
-        start(several(n) if n > 1 else ONE, 'sft.py', *flags, '--init_from=resume', f'--max_steps={last}', '--shard=fsdp')
-    rows = {row['step']: row for row in log_of(tmp_path / 'run', 'loss')}
-    # the rate depends on max_steps, so that the losses agree up to the update after the first stop
-    assert [rows[step]['loss'] for step in (1, 2)] == pytest.approx([row['loss'] for row in log_of(sft, 'loss')[:2]], rel=1e-5)
-    assert sorted(rows) == [1, 2, 3, 4, 5]
-    whole = start(ONE, 'sft.py', *flags[:-1], f'--out_dir={tmp_path}/parts', '--max_steps=3')
-    for last in (4, 5):
-        whole = start(ONE, 'sft.py', *flags[:-1], f'--out_dir={tmp_path}/parts', '--init_from=resume', f'--max_steps={last}')
-    assert 'resumed with other settings' in whole.stdout
-    assert_same_weights(tmp_path / 'parts' / 'last', tmp_path / 'run' / 'last', 1e-5)
-
-
-# A small rate: Adam divides a gradient by its own size, so that at a large one the rounding errors of small gradients grow with each step.
-PPO = ['--n_rollouts=20', '--minibatch=20', '--epochs=1', '--n_iterations=5', '--lr=1e-4', '--critic_lr=1e-3', '--temperature=1.0', '--show=0',
-       '--eval_interval=5', '--n_questions=40']
-PPO_KEYS = ['policy_loss', 'grad_norm', 'share_correct', 'kl_k3', 'entropy', 'approx_kl', 'reward_kl', 'response_tokens']
-
-
-@pytest.mark.parametrize('flags, shards', [(['--value_warmup=1'], ['ddp', 'fsdp']), (['--critic=separate', '--replay=0.2'], ['fsdp']),
-                                           (['--advantage=group', '--lora_rank=4', '--epochs=2'], ['ddp', 'fsdp'])],
-                         ids=['shared critic', 'separate critic', 'LoRA'])
-def test_ppo_is_the_same_on_several_processes(coin, tmp_path, flags, shards):
-    common = [f'--task={coin}/task', f'--init_from={coin}/policy', *PPO, *flags]
-    start(ONE, 'ppo.py', *common, f'--out_dir={tmp_path}/one')
-    one = log_of(tmp_path / 'one', 'share_correct')
-    assert all(row['grad_norm'] > 0 for row in one)
-    for shard in shards:
-        start(several(2), 'ppo.py', *common, f'--out_dir={tmp_path}/{shard}', f'--shard={shard}')
-        keys = PPO_KEYS + (['value_loss', 'explained_variance'] if 'lora' not in str(flags) else [])
-        assert_close(one, log_of(tmp_path / shard, 'share_correct'), keys)
-        samples = [[{k: v for k, v in json.loads(line).items() if k != 'kl'} for line in open(tmp_path / run / 'samples.jsonl')] for run in ('one', shard)]
-        assert [s['text'] for s in samples[0]] == [s['text'] for s in samples[1]] and len(samples[0]) == 100
-        assert_same_weights(tmp_path / 'one' / 'last', tmp_path / shard / 'last', 2e-4)
-
-
-def test_ei_and_eval_give_the_same_records_on_several_processes(coin, tmp_path):
-    ei = [f'--task={coin}/task', f'--init_from={coin}/policy', f'--base={coin}/policy', '--n_questions=21', '--n_worked=7', '--k=3', '--n_rounds=2',
-          '--max_steps=3', '--batch_size=8', '--lr=1e-3']
-    evaluate = ['eval.py', f'--task={coin}/task', f'--init_from={coin}/policy', '--split=val', '--n_problems=23', '--k=3', '--max_new_tokens=40', '--max_rows=16',
-                '--device=cpu']
-
-    def records(folder):
-        return (folder / 'samples_round1.jsonl').read_text(), (folder / 'eval_task.jsonl').read_text()
-    for n in (1, 2, 3):
-        launcher = several(n) if n > 1 else ONE
-        start(launcher, 'ei.py', *ei, f'--out_dir={tmp_path}/{n}')
-        done = subprocess.run([*launcher, *evaluate, f'--out_dir={tmp_path}/{n}'], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stdout.count('| run |') == 1, done.stderr
-        assert records(tmp_path / str(n)) == records(tmp_path / '1')
-        assert_same_weights(tmp_path / str(n) / 'round1', tmp_path / '1' / 'round1', 1e-5)
-    greedy = [json.loads(line)['greedy'] for line in records(tmp_path / '1')[1].splitlines()[1:]]
-    assert len(greedy) == 23
-
-
-def test_rcrl_and_reward_models_on_two_processes(coin, tmp_path):
-    rcrl = [f'--task={coin}/task', f'--init_from={coin}/policy', f'--base={coin}/policy', '--n_questions=9', '--n_worked=5', '--k=3', '--rollouts=3',
-            '--max_steps=4', '--batch_size=8', '--lr=1e-3', '--right_share=0']
-    prm = [f'--task={coin}/task', f'--init_from={coin}/policy', '--kind=prm', '--n_questions=9', '--k=3', '--rollouts=2', '--heldout=6', '--batch_size=8',
-           '--lr=1e-3', '--epochs=2']
-    for launcher, name in ((ONE, 'one'), (several(2), 'two')):
-        start(launcher, 'rcrl.py', *rcrl, f'--out_dir={tmp_path}/rcrl_{name}', '--shard=fsdp')
-        flags = [flag for flag in TINY if 'eval_problems' not in flag]
-        done = subprocess.run([*launcher, 'rewards.py', *flags, *prm, f'--out_dir={tmp_path}/prm_{name}', '--shard=fsdp'], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    for kind, files in (('rcrl', ['samples.jsonl', 'labels.jsonl']), ('prm', ['samples_train.jsonl', 'labels_train.jsonl', 'labels_val.jsonl'])):
-        for file in files:
-            assert (tmp_path / f'{kind}_one' / file).read_text() == (tmp_path / f'{kind}_two' / file).read_text(), file
-        assert_same_weights(tmp_path / f'{kind}_one' / 'best', tmp_path / f'{kind}_two' / 'best', 1e-5)
-    one, two = (log_of(tmp_path / f'prm_{n}', 'heldout_auroc')[-1] for n in ('one', 'two'))
-    assert one['calibration_error'] == pytest.approx(two['calibration_error'], rel=1e-4)
+        run_all(n, [command(coin, tmp_path / 'parts3', *parts, '--init_from=resume', f'--max_steps={last}', *(['--shard=fsdp'] if n > 1 else []))])
+    assert [row['step'] for row in log_of(tmp_path / 'parts3', 'loss')] == [1, 2, 3, 4, 5]
+    assert_same_weights(tmp_path / 'parts1' / 'last', tmp_path / 'parts3' / 'last', 1e-5)
 
 
 # -----------------------------------------------------------------------------
@@ -200,146 +271,74 @@ def test_a_start_waits_minutes_and_says_for_whom(monkeypatch):
             model.join_job(torch.device('cpu'))
 
 
-def test_a_process_that_dies_ends_the_job(coin, tmp_path):
-    command = [*several(2), 'ppo.py', *TINY, f'--task={coin}/task', f'--init_from={coin}/policy', *PPO, '--n_iterations=1000', f'--out_dir={tmp_path}/run']
-    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    log, deadline = tmp_path / 'run' / 'log.jsonl', time.time() + 120
-    while not (log.exists() and log.read_text().count('share_correct') >= 2) and time.time() < deadline:
-        time.sleep(0.1)
-    workers = subprocess.run(['pgrep', '-P', str(job.pid)], capture_output=True, text=True).stdout.split()
-    assert len(workers) == 2
-    os.kill(int(workers[1]), signal.SIGKILL)
-    killed = time.time()
-    _, said = job.communicate(timeout=60)
-    assert job.returncode != 0 and time.time() - killed < 60
-    assert 'Signal 9 (SIGKILL)' in said
+def two_agents(folder, moments, *command):
+    """Runs the command under two agents of torchrun with a process each, of which process 1 is killed once at each of the moments."""
+    agent = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--max-restarts=3', '--rdzv_backend=c10d',
+             f'--rdzv_endpoint=127.0.0.1:{free_port()}', '--rdzv_id=x', '--local_addr=127.0.0.1', 'tests/dies_once.py', str(folder), moments, *command]
+    agents = [subprocess.Popen(agent, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    try:
+        said = [agent.communicate(timeout=300)[0] for agent in agents]
+    finally:
+        for agent in agents:  # which ends its process
+            agent.terminate()
+            agent.wait(60)
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert all(os.path.exists(os.path.join(folder, moment)) for moment in moments.split(','))  # it was killed there
+    return said
 
 
-def test_torchrun_restarts_a_job_from_its_last_state(coin, tmp_path):
-    flags = [*TINY, f'--task={coin}/task', f'--init_from={coin}/policy', *PPO, '--save_interval=1']
-    start(ONE, 'ppo.py', *flags[len(TINY):], f'--out_dir={tmp_path}/whole')
-    command = [*several(2), '--max-restarts=1', 'ppo.py', *flags, f'--out_dir={tmp_path}/run']
-    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.time() + 120
-    while not (tmp_path / 'run' / 'state' / '00000002').exists() and time.time() < deadline:
-        time.sleep(0.05)
-    os.kill(int(subprocess.run(['pgrep', '-P', str(job.pid)], capture_output=True, text=True).stdout.split()[0]), signal.SIGKILL)
-    said = job.communicate(timeout=120)[0]
-    assert job.returncode == 0, said
-    rows = {row['iteration']: row for row in log_of(tmp_path / 'run', 'share_correct')}
-    assert_close(log_of(tmp_path / 'whole', 'share_correct'), [rows[i] for i in sorted(rows)], ['policy_loss', 'share_correct'], rel=2e-4)
+def test_killed_while_it_validates_a_run_on_two_hosts_goes_on(work, coin, tmp_path):
+    """The other process hears of it from its agent, which counts no failure."""
+    two_agents(tmp_path, 'validation', *command(coin, tmp_path / 'run', 'sft.py', *SFT))
+    assert_same_run(work / 'two' / 'sft ddp', tmp_path / 'run', 2)
 
 
-def test_equal_prompts_in_different_processes_get_different_samples(tmp_path, bpe):
-    """Rollouts from one place are dealt to all processes: together they are what one process draws."""
-    torch.manual_seed(0)
-    Transformer(tiny_config(bpe.vocab_size)).init_weights().save_pretrained(str(tmp_path / 'model'), bpe)
-    worker = tmp_path / 'worker.py'
-    worker.write_text(f"""
-import json
-from model import Transformer, rank, setup
-from sample import Sampler, answer, load_tokenizer
-setup('cpu')
-sampler = Sampler(Transformer.from_pretrained('{tmp_path}/model'), load_tokenizer('{tmp_path}/model'))
-drawn = [s.ids for s in answer(sampler, [[5, 6, 7]] * 6 + [[8]], 2, 10, 1.0)]
-if rank() == 0:
-    print(json.dumps(drawn))
-""")
-    drawn = []
-    for launcher in (ONE, several(2), several(3)):
-        done = subprocess.run([*launcher, str(worker)], cwd=ROOT, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': ROOT})
-        assert done.returncode == 0, done.stderr
-        drawn.append(json.loads(done.stdout.splitlines()[-1]))
-    assert drawn[0] == drawn[1] == drawn[2] and len({tuple(ids) for ids in drawn[0]}) == 14
+@pytest.mark.slow
+def test_killed_at_several_moments_a_run_on_two_hosts_ends_the_same(coin, tmp_path):
+    flags = ['ppo.py', *PPO, '--save_interval=1']
+    for name, moments in (('whole', ''), ('run', 'step,state,validation')):
+        (tmp_path / name).mkdir()
+        said = two_agents(tmp_path / name, moments, *command(coin, tmp_path / name / 'run', *flags))
+    assert ''.join(said).count('exitcode: -9') == 3
+    assert_same_run(tmp_path / 'whole' / 'run', tmp_path / 'run' / 'run', 3)
 
 
-def test_bf16_under_fsdp_is_bf16_under_ddp(coin, tmp_path):
-    """The type that GPUs compute in: agreement within its rounding, with and without adapters."""
-    for extra in ([], ['--lora_rank=4']):
-        losses = []
-        for shard in ('ddp', 'fsdp'):
-            out = tmp_path / f'{shard}{len(extra)}'
-            start(several(2), 'sft.py', f'--task={coin}/task', f'--init_from={coin}/policy', *SFT, f'--out_dir={out}', f'--shard={shard}', '--dtype=bfloat16', *extra)
-            losses.append([row['loss'] for row in log_of(out, 'loss')])
-        assert losses[0] == pytest.approx(losses[1], rel=0.03, abs=5e-3)
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_job_and_a_signal_saves(coin, tmp_path):
+    for name, number in (('killed', signal.SIGKILL), ('stopped', signal.SIGTERM)):
+        run = tmp_path / name
+        job = subprocess.Popen([*torchrun(2), *command(coin, run, 'ppo.py', *PPO, '--n_iterations=1000', '--save_interval=1000')], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            until(lambda: (run / 'log.jsonl').exists() and (run / 'log.jsonl').read_text().count('share_correct') >= 2, job)
+            workers = subprocess.run(['pgrep', '-P', str(job.pid)], capture_output=True, text=True).stdout.split()
+            assert len(workers) == 2
+            os.kill(int(workers[1]) if name == 'killed' else job.pid, number)
+            said = job.communicate(timeout=120)[1]
+        finally:
+            job.terminate()
+            job.wait(60)
+        assert job.returncode != 0
+        if name == 'killed':
+            assert 'Signal 9 (SIGKILL)' in said and not (run / 'state').exists()
+        else:
+            assert 'stopped after iteration' in said and 'torchrun --nproc_per_node=2' in said, said
+            assert len(os.listdir(run / 'state')) == 1
 
 
-def test_what_goes_wrong_in_process_0_is_known_to_all(coin, tmp_path):
-    """A state whose list of checksums is torn: process 0 alone reads it, and all take the state before."""
-    flags = [f'--task={coin}/task', f'--init_from={coin}/policy', *SFT, f'--out_dir={tmp_path}/run', '--save_interval=1', '--max_steps=3', '--keep_states=2']
-    start(ONE, 'sft.py', *flags)
-    (tmp_path / 'run' / 'state' / '00000003' / 'sha256.json').write_text('{"state')
-    done = start(several(2), 'sft.py', *flags, '--init_from=resume')
-    assert '00000003 is broken' in done.stdout
-    assert [row['step'] for row in log_of(tmp_path / 'run', 'loss')] == [1, 2, 3, 3]
-
-
-def test_processes_that_would_learn_on_their_own_are_refused(coin, tmp_path):
-    flags = [f'--task={coin}/task', f'--init_from={coin}/policy', *SFT, f'--out_dir={tmp_path}/run', '--shard=none']
-    done = subprocess.run([*several(2), 'sft.py', *TINY, *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and "shard = 'none' is for one process" in done.stderr
-
-
-def test_a_restart_does_not_take_another_run_for_its_own(sft, coin, tmp_path):
+@pytest.mark.slow
+def test_what_two_processes_refuse(work, coin, tmp_path):
+    """One mistake is said once; processes that would each learn on their own; a restart that takes another run, of a job whose
+    rendezvous has the same name, for its own."""
     import shutil
-    shutil.copytree(sft, tmp_path / 'run')
-    before = (tmp_path / 'run' / 'config.json').read_text()
-    flags = [f'--task={coin}/task', f'--init_from={coin}/policy', *SFT, f'--out_dir={tmp_path}/run', '--seed=5']
-    done = subprocess.run([*several(2), '--max-restarts=1', 'sft.py', *TINY, *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and done.stderr.count('holds another run') == 2 and (tmp_path / 'run' / 'config.json').read_text() == before
-
-
-def test_a_signal_to_torchrun_saves(coin, tmp_path):
-    command = [*several(2), 'ppo.py', *TINY, f'--task={coin}/task', f'--init_from={coin}/policy', *PPO, '--n_iterations=1000', f'--out_dir={tmp_path}/run',
-               '--save_interval=1000']
-    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    log, deadline = tmp_path / 'run' / 'log.jsonl', time.time() + 120
-    while not (log.exists() and log.read_text().count('share_correct') >= 2) and time.time() < deadline:
-        time.sleep(0.1)
-    job.send_signal(signal.SIGTERM)
-    said = job.communicate(timeout=60)[1]
-    assert 'stopped after iteration' in said and 'torchrun --nproc_per_node=2' in said, said
-    assert len(os.listdir(tmp_path / 'run' / 'state')) == 1
-
-
-def test_a_mistake_is_said_once(coin, tmp_path):
-    done = subprocess.run([*several(2), 'sft.py', *TINY, '--task=nowhere', f'--out_dir={tmp_path}/run'], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and sum(line.startswith('error') for line in done.stderr.splitlines()) == 1, done.stderr
-
-
-def test_fsdp_holds_a_part_and_gives_back_the_whole(tmp_path, bpe):
-    """What a process of two holds of a model whose rows do not divide evenly; loading, gathering and writing it back change nothing."""
-    torch.manual_seed(0)
-    for family in ('tied', 'untied'):
-        model = Transformer(tiny_config(bpe.vocab_size, tied=family == 'tied')).init_weights()
-        model.add_value_head().save_pretrained(str(tmp_path / family), bpe)
-    worker = tmp_path / 'worker.py'
-    worker.write_text('''
-import sys
-import torch
-from model import Transformer, autocast, rank, setup
-device, _ = setup('cpu')
-for name in ('tied', 'untied'):
-    whole = Transformer.from_pretrained(f'{sys.argv[1]}/{name}')
-    part = Transformer.from_pretrained(f'{sys.argv[1]}/{name}', shard='fsdp', lora_rank=2)
-    held = sum(p.to_local().numel() for p in part.parameters())
-    assert 0.4 < held / sum(p.numel() for p in part.parameters()) < 0.6
-    copy = part.for_sampling(torch.float32)
-    weights = dict(whole.named_parameters())
-    for key, p in copy.named_parameters():
-        assert torch.equal(p, weights[key]), key
-    ids = torch.arange(12)[None]
-    torch.testing.assert_close(part.run(lambda model, ids: model(ids), ids), whole(ids))
-    part.save_pretrained(f'{sys.argv[1]}/{name}_again')
-    rope = []  # the angles of rotary positions stay fp32 where products are bf16
-    half = Transformer.from_pretrained(f'{sys.argv[1]}/{name}', shard='fsdp', product_dtype=torch.bfloat16)
-    half.blocks[0].register_forward_pre_hook(lambda block, inputs: rope.append(inputs[1][0].dtype))
-    with torch.no_grad(), autocast(device, torch.bfloat16):
-        half.run(lambda model, ids: model(ids), ids)
-    assert rope == [torch.float32], rope
-''')
-    done = subprocess.run([*several(2), str(worker), str(tmp_path)], cwd=ROOT, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': ROOT})
-    assert done.returncode == 0, done.stderr
-    for family in ('tied', 'untied'):
-        assert_same_weights(tmp_path / family, tmp_path / f'{family}_again')
-        assert (tmp_path / family / 'value_head.safetensors').read_bytes() == (tmp_path / f'{family}_again' / 'value_head.safetensors').read_bytes()
+    shutil.copytree(work / 'one' / 'sft', tmp_path / 'other')
+    config = json.loads((tmp_path / 'other' / 'config.json').read_text()) | {'_job': 'x'}
+    (tmp_path / 'other' / 'config.json').write_text(json.dumps(config))
+    named = [*torchrun(2)[:3], '--nproc_per_node=2', '--max-restarts=1', '--rdzv_backend=c10d', '--rdzv_endpoint=127.0.0.1:0', '--rdzv_id=x']
+    for launcher, flags, said, times in ((torchrun(2), [f'--out_dir={tmp_path}/run', '--task=nowhere'], 'nowhere', 1),
+                                         (torchrun(2), [f'--out_dir={tmp_path}/run', '--shard=none'], "shard = 'none' is for one process", 1),
+                                         (named, [f'--out_dir={tmp_path}/other', '--seed=5'], 'holds another run', 2)):
+        done = subprocess.run([*launcher, *command(coin, tmp_path / 'run', 'sft.py', *SFT, *flags)], cwd=ROOT, capture_output=True, text=True)
+        errors = [line for line in done.stderr.splitlines() if line.startswith('error')]
+        assert done.returncode != 0 and len(errors) == times and all(said in line for line in errors), done.stderr
+    assert not (tmp_path / 'run').exists() and json.loads((tmp_path / 'other' / 'config.json').read_text()) == config
