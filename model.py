@@ -1272,8 +1272,6 @@ def autocast(device, dtype):
 
 def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
     """AdamW with decay on matrices alone: a gain, a bias or a norm has nothing to shrink towards zero for."""
-    if world_size() > 1 and getattr(model, 'shard', '') == 'none':
-        raise UserError("shard = 'none' is for one process: on several each would learn on its own; 'auto', 'ddp' or 'fsdp'")
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
               {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]

@@ -266,6 +266,8 @@ def start_run(settings, resume=False, overwrite=False):
 
     resume goes on with the run of that folder (it keeps its first init_from), and wins over overwrite, which removes it.
     UserError where the folder holds anything else, or a run without either being asked for."""
+    if SEVERAL and settings.get('shard') == 'none':
+        raise UserError("shard = 'none' is for one process: several would each learn on their own; 'auto', 'ddp' or 'fsdp'")
     if RANK > 0:
         return
     out_dir = settings['out_dir']
