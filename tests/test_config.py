@@ -347,6 +347,14 @@ def test_only_a_restart_of_the_same_job_goes_on_unasked(out, monkeypatch):
         resuming('resume', str(out / 'elsewhere'))
 
 
+def test_processes_that_would_learn_on_their_own_are_refused(out, monkeypatch):
+    start_run(values(out) | {'shard': 'none'})
+    monkeypatch.setattr(config, 'SEVERAL', True)
+    with pytest.raises(UserError, match="shard = 'none' is for one process"):
+        start_run(values(out) | {'shard': 'none'}, overwrite=True)
+    start_run(values(out) | {'shard': 'ddp'}, overwrite=True)
+
+
 def test_a_run_killed_before_its_settings_were_written_starts_again(out):
     out.mkdir(parents=True)
     (out / 'config.json.tmp').write_text('{')

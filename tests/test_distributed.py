@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -295,13 +296,10 @@ def test_killed_while_it_validates_a_run_on_two_hosts_goes_on(work, coin, tmp_pa
 
 
 @pytest.mark.slow
-def test_killed_at_several_moments_a_run_on_two_hosts_ends_the_same(coin, tmp_path):
-    flags = ['ppo.py', *PPO, '--save_interval=1']
-    for name, moments in (('whole', ''), ('run', 'step,state,validation')):
-        (tmp_path / name).mkdir()
-        said = two_agents(tmp_path / name, moments, *command(coin, tmp_path / name / 'run', *flags))
+def test_killed_at_several_moments_a_run_on_two_hosts_ends_the_same(work, coin, tmp_path):
+    said = two_agents(tmp_path, 'step,state,validation', *command(coin, tmp_path / 'run', 'ppo.py', *PPO, '--value_warmup=1', '--save_interval=1'))
     assert ''.join(said).count('exitcode: -9') == 3
-    assert_same_run(tmp_path / 'whole' / 'run', tmp_path / 'run' / 'run', 3)
+    assert_same_run(work / 'two' / 'ppo ddp', tmp_path / 'run', 3)
 
 
 @pytest.mark.slow
@@ -328,16 +326,13 @@ def test_a_process_that_dies_ends_the_job_and_a_signal_saves(coin, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_two_processes_refuse(work, coin, tmp_path):
-    """One mistake is said once; processes that would each learn on their own; a restart that takes another run, of a job whose
-    rendezvous has the same name, for its own."""
-    import shutil
+def test_what_torchrun_starts_refuses(work, coin, tmp_path):
+    """One mistake is said once; and a restart does not take another run, of a job whose rendezvous has the same name, for its own."""
     shutil.copytree(work / 'one' / 'sft', tmp_path / 'other')
     config = json.loads((tmp_path / 'other' / 'config.json').read_text()) | {'_job': 'x'}
     (tmp_path / 'other' / 'config.json').write_text(json.dumps(config))
-    named = [*torchrun(2)[:3], '--nproc_per_node=2', '--max-restarts=1', '--rdzv_backend=c10d', '--rdzv_endpoint=127.0.0.1:0', '--rdzv_id=x']
+    named = [*torchrun(1)[:3], '--nproc_per_node=1', '--max-restarts=1', '--rdzv_backend=c10d', '--rdzv_endpoint=127.0.0.1:0', '--rdzv_id=x']
     for launcher, flags, line, times in ((torchrun(2), [f'--out_dir={tmp_path}/run', '--task=nowhere'], 'error.*nowhere', 1),
-                                         (torchrun(2), [f'--out_dir={tmp_path}/run', '--shard=none'], "error: shard = 'none' is for one", 1),
                                          (named, [f'--out_dir={tmp_path}/other', '--seed=5'], 'error: .*holds another run', 2)):
         done = subprocess.run([*launcher, *command(coin, tmp_path / 'run', 'sft.py', *SFT, *flags)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode != 0 and len(re.findall(f'^{line}', done.stderr, re.M)) == times, done.stderr
