@@ -1144,18 +1144,20 @@ def setup(device='auto', dtype='auto', seed=0):
     return device, getattr(torch, dtype)
 
 
-# Of one start the processes come within seconds of each other; importing torch from a cold network disk takes a minute or two.
+# Processes start within seconds of each other; importing torch from a cold network disk takes a minute or two.
 START_PATIENCE = timedelta(minutes=5)
-PATIENCE = timedelta(hours=4)  # later: a process waits where another still draws samples. One that dies is noticed by torchrun at once
+# Later a process waits where another still draws samples. One that dies is noticed by torchrun, and not by this.
+PATIENCE = timedelta(hours=4)
 
 
 def join_job(device):
-    """The processes that torchrun has started find each other. RUN_JOB, in the environment, then names the job that its restarts
-    share: it is kept in the store of torchrun, which outlives the processes and ends with the job."""
+    """The processes that torchrun has started find each other. RUN_JOB, in the environment, then names the job,
+    the same after a restart: it is kept in torchrun's store, which outlives the processes and ends with the job."""
     try:
         store, number, n = next(rendezvous('env://', timeout=START_PATIENCE))
     except dist.DistError as error:
-        raise UserError(f'process {RANK} waited {START_PATIENCE} for the others: {first_line(error)}') from None
+        said = f'process {RANK} waited {START_PATIENCE} for the others: {first_line(error)}'
+        raise UserError(said) from None
     os.environ['RUN_JOB'] = store.compare_set('job', '', uuid.uuid4().hex).decode()
     if n == 1:
         return
@@ -1164,26 +1166,29 @@ def join_job(device):
     # Objects and flags go over gloo, tensors on a GPU over NCCL.
     hook, backend = sys.excepthook, 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
     try:
-        dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=number, world_size=n, timeout=START_PATIENCE)
+        dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=number, world_size=n,
+                                timeout=START_PATIENCE)
     except RuntimeError as error:
-        raise UserError(f'process {number} of {n} met the others, but cannot connect to them: {first_line(error)}') from None
+        said = f'process {number} of {n} met the others, but cannot connect to them: {first_line(error)}'
+        raise UserError(said) from None
     dist.group.WORLD.set_timeout(PATIENCE)
     sys.excepthook = hook  # which init_process_group replaces by one that swallows what ours writes
-    # The end of a process, where PyTorch takes down its threads, now and then aborts ("terminate called without an active exception"),
-    # after everything is done; torchrun would take it for a failure.
-    atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(1 if hasattr(sys, 'last_type') else 0)))
+    # The end of a process, where PyTorch takes down its threads, now and then aborts ("terminate called without
+    # an active exception"), after everything is done; torchrun would take it for a failure.
+    atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(int(hasattr(sys, 'last_type')))))
     if rank() > 0:
         sys.stdout = open(os.devnull, 'w')  # what is printed is the same for all
 
 
 def meet(store, number, n):
-    """A random name that the n processes of this start share, and those of no other start. UserError after START_PATIENCE says who
-    did not come.
+    """A random name that the n processes of this start share, and those of no other start. UserError after
+    START_PATIENCE says who did not come.
 
-    The store may still hold what processes wrote that are gone, and nothing in the environment tells one start from another: an agent
-    of torchrun counts the failures of its own processes (TORCHELASTIC_RESTART_COUNT), not those of other hosts. So each process
-    writes a random word of its own beside the words that it has read of the others, again and again, until all have written the same
-    words. Who has read a process's word is there now, and so is then everyone."""
+    The store may hold what processes wrote that are gone, and nothing in the environment tells one start from
+    another: an agent of torchrun counts the failures of its own processes (TORCHELASTIC_RESTART_COUNT), not those
+    of other hosts. So each process writes a random word of its own beside the words that it has read of the others,
+    again and again, until all have written the same words. Who has read a process's word is there now: so, then,
+    is everyone."""
     keys, words = [f'word {i} of {n}' for i in range(n)], [''] * n
     words[number], deadline = uuid.uuid4().hex, time.time() + START_PATIENCE.total_seconds()
     for key in keys:
@@ -1195,7 +1200,8 @@ def meet(store, number, n):
             return words[0]
         absent = [str(i) for i in range(n) if found[i][number] != words[number]]
         if time.time() > deadline:
-            raise UserError(f'process {number} of {n} waited {START_PATIENCE} for those that did not come: {", ".join(absent)}')
+            raise UserError(f'process {number} of {n} waited {START_PATIENCE} for those that did not come: '
+                            f'{", ".join(absent)}')
         words = [theirs[i] for i, theirs in enumerate(found)]
         time.sleep(0.05)
 

@@ -256,8 +256,8 @@ def resuming(init_from, out_dir, export='last'):
 
 
 def job():
-    """A random name that a process shares with those that torchrun started before it for the same job: see model.join_job. '' without
-    torchrun. Counts of restarts tell less: an agent does not count those that another host's failure causes."""
+    """A random name that a process shares with those that torchrun started before it for the same job: see
+    model.join_job. '' without torchrun. A count of restarts would not do: an agent counts only its own failures."""
     return os.environ.get('RUN_JOB', '')
 
 
@@ -267,13 +267,15 @@ def start_run(settings, resume=False, overwrite=False):
     resume goes on with the run of that folder (it keeps its first init_from), and wins over overwrite, which removes it.
     UserError where the folder holds anything else, or a run without either being asked for."""
     if SEVERAL and settings.get('shard') == 'none':
-        raise UserError("shard = 'none' is for one process: several would each learn on their own; 'auto', 'ddp' or 'fsdp'")
+        raise UserError("shard = 'none' is for one process: several would each learn on their own; 'auto', 'ddp' or "
+                        "'fsdp'")
     if RANK > 0:
         return
     out_dir = settings['out_dir']
     config = json.loads(json.dumps(settings)) | {'_commands': [shlex.join(sys.argv)], '_job': job()}  # as it will be read: tuples are lists
     try:
-        found = [name for name in os.listdir(out_dir) if name != 'config.json.tmp'] if os.path.exists(out_dir) else []  # a kill leaves it
+        found = os.listdir(out_dir) if os.path.exists(out_dir) else []
+        found = [name for name in found if name != 'config.json.tmp']  # which a kill may leave
         before = read_run(out_dir)
         if resume and not before:
             raise UserError(f'{out_dir}: there is no run to resume')

@@ -1,6 +1,7 @@
 """
-Kills runs at random moments, with kill -9, after each has written something, and lets them go on, until they are done; then compares what they leave with what a run
-leaves that nobody disturbed: weights to the bit, samples line by line. Some minutes; the suite holds a short form (test_faults.py).
+Kills runs at random moments after each has made some progress, with kill -9, and lets them go on, until they are done;
+then compares what they leave with what a run leaves that nobody disturbed: weights to the bit, samples line by line.
+Exit code 1 if anything differs, or nothing was interrupted. Some minutes; the suite holds a short form (test_faults.py).
 
 $ python tests/fault_campaign.py                  # 10 kills of each of sft, ei, ppo, rcrl and rewards
 $ python tests/fault_campaign.py --kills=30 --only=ppo
@@ -31,7 +32,7 @@ seed = 0
 
 def progress(out):
     """What a run has on the disk: the names of its states, and the bytes of its samples and labels."""
-    files = [path for path in glob.glob(os.path.join(out, '**', '*'), recursive=True)]
+    files = glob.glob(os.path.join(out, '**', '*'), recursive=True)
     states = {path for path in files if re.fullmatch(r'.*/state/\d+', path)}
     n_bytes = 0
     for path in files:
@@ -41,10 +42,11 @@ def progress(out):
     return states, n_bytes
 
 
-def start_and_kill(command, out, kills, longest, seed, break_states=False, patience=300):
-    """Starts a script (its name and flags), waits until it has written a state or samples that were not there before, kills it up to
-    `longest` seconds later, resumes it, and so on; then lets it end. -> a count of what happened. AssertionError where nothing was
-    interrupted, or there is no progress within `patience` seconds. A run that was done before its kill came is not killed again."""
+def start_and_kill(command, out, kills, longest, seed, break_states=False, patience=600):
+    """Starts a script (its name and flags), waits until it has written a state or samples that were not there before,
+    kills it up to `longest` seconds later, resumes it, and so on; then lets it end. -> a count of what happened.
+    AssertionError where nothing was interrupted, or there is no progress within `patience` seconds. A run that was
+    done before its kill came is not killed again."""
     rng, harmed, count = random.Random(f'campaign {seed}'), [], {'kills': 0, 'resumed': 0, 'broken states': 0, 'states lost': 0}
 
     def states():
@@ -94,7 +96,8 @@ if __name__ == '__main__':
     import conftest
     from test_faults import assert_same_run, command
 
-    work, total, wrong, started = tempfile.mkdtemp(), dict.fromkeys(('kills', 'resumed', 'broken states', 'states lost'), 0), 0, time.time()
+    work, wrong, started = tempfile.mkdtemp(), 0, time.time()
+    total = dict.fromkeys(('kills', 'resumed', 'broken states', 'states lost'), 0)
 
     class Folders:
         """What the fixture asks pytest for."""

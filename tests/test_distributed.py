@@ -97,8 +97,10 @@ if rank() == 0:
 PART = """
 import sys
 import torch
-from model import Transformer, autocast, rank, setup
+import torch.distributed as dist
+from model import PATIENCE, Transformer, autocast, setup
 device, _ = setup('cpu')
+assert dist.group.WORLD._get_backend(device).options._timeout == PATIENCE  # no longer that of starting
 for name in ('tied', 'untied'):
     whole = Transformer.from_pretrained(f'{sys.argv[1]}/{name}')
     part = Transformer.from_pretrained(f'{sys.argv[1]}/{name}', shard='fsdp', lora_rank=2)

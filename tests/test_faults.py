@@ -60,7 +60,7 @@ def test_only_adapters_and_the_value_head_learn(bpe, tmp_path):
     assert len(learns) == 2 * 4 * 2 + 2  # layers * matrices * (A, B), and the head
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     finetune(model, [Example(list(range(12)), 4)] * 4, max_steps=3, batch_size=2, lr=1e-2)
-    assert all(torch.equal(model.get_parameter(name), p) for name, p in frozen.items())
+    assert frozen and all(torch.equal(model.get_parameter(name), p) for name, p in frozen.items())
     assert all(model.get_parameter(name).abs().sum() > 0 for name in learns if name.endswith('lora_b'))
     again = Transformer.from_pretrained(str(tmp_path / 'base'), lora_rank=2)  # A is random, and the same each time
     first = Transformer.from_pretrained(str(tmp_path / 'base'), lora_rank=2)
@@ -179,7 +179,7 @@ def test_states_and_exports_hold_no_code(trained, tmp_path, bpe):
     model, checkpoints = trained
     model.add_value_head().save_pretrained(str(tmp_path / 'best'), bpe)
     for folder in (os.path.join(checkpoints.folder, '00000003'), tmp_path / 'best'):
-        assert all(name.endswith(('.safetensors', '.json')) for name in os.listdir(folder))
+        assert {os.path.splitext(name)[1] for name in os.listdir(folder)} == {'.safetensors', '.json'}
 
 
 def test_no_script_runs_what_a_file_or_a_model_says():
