@@ -283,6 +283,8 @@ out = sys.argv[1]
 os.makedirs(out, exist_ok=True)
 open(f'{out}/config.json', 'w').close()
 done = len(os.listdir(f'{out}/state')) if os.path.isdir(f'{out}/state') else 0
+print(done, file=open(f'{out}/starts', 'a'))
+time.sleep(0.3)  # longer than it would live, were it not waited for
 for step in range(done, 12):
     time.sleep(0.1)
     os.makedirs(f'{out}/state/{step:08d}')
@@ -292,7 +294,8 @@ for step in range(done, 12):
             start_and_kill(['-c', text], str(tmp_path / 'nothing'), kills=3, longest=0.5, seed=0, patience=1)
     count = start_and_kill(['-c', works, str(tmp_path / 'run')], str(tmp_path / 'run'), kills=3, longest=0.1, seed=0)
     assert count == {'kills': 3, 'resumed': 3, 'broken states': 0, 'states lost': 0}
-    assert len(os.listdir(tmp_path / 'run' / 'state')) == 12
+    starts = [int(line) for line in open(tmp_path / 'run' / 'starts')]
+    assert starts[0] == 0 and len(set(starts)) == 4 and len(os.listdir(tmp_path / 'run' / 'state')) == 12
 
 
 def test_what_is_no_number_stops_the_run_and_keeps_the_batch(bpe, tmp_path):
