@@ -44,8 +44,6 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes long; runs with --slow')
     config.addinivalue_line('markers', 'cuda: needs a CUDA GPU')
-
-
     if getattr(config.option, 'dist', 'no') == 'load':  # pytest-xdist: what a file's tests share is made once
         config.option.dist = 'loadfile'
 

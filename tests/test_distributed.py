@@ -109,16 +109,24 @@ for name in ('tied', 'untied'):
     copy = part.for_sampling(torch.float32)
     weights = dict(whole.named_parameters())
     for key, p in copy.named_parameters():
-        assert torch.equal(p, weights[key]), key
+        assert 'fixed_' in key or torch.equal(p, weights[key]), key
     ids = torch.arange(12)[None]
     torch.testing.assert_close(part.run(lambda model, ids: model(ids), ids), whole(ids))
     part.save_pretrained(f'{sys.argv[1]}/{name}_again')
-    rope = []  # the angles of rotary positions stay fp32 where products are bf16
+    with torch.no_grad():  # adapters that have learned something are in the copy
+        for key, p in part.named_parameters():
+            if key.endswith('lora_b'):
+                p.to_local().fill_(0.1)
+    learned = part.run(lambda model, ids: model(ids), ids)
+    assert (learned - whole(ids)).abs().max() > 0.01
+    torch.testing.assert_close(part.for_sampling(torch.float32)(ids), learned)
+    found = []  # the angles of rotary positions and the scalar head stay fp32 where products are bf16
     half = Transformer.from_pretrained(f'{sys.argv[1]}/{name}', shard='fsdp', product_dtype=torch.bfloat16)
-    half.blocks[0].register_forward_pre_hook(lambda block, inputs: rope.append(inputs[1][0].dtype))
+    half.blocks[0].register_forward_pre_hook(lambda block, inputs: found.append(inputs[1][0].dtype))
+    half.value_head.register_forward_pre_hook(lambda head, inputs: found.extend([inputs[0].dtype, head.weight.dtype]))
     with torch.no_grad(), autocast(device, torch.bfloat16):
-        half.run(lambda model, ids: model(ids), ids)
-    assert rope == [torch.float32], rope
+        half.run(lambda model, ids: model.values(model.trunk(ids)), ids)
+    assert found == [torch.float32] * 3, found
 """
 
 
@@ -132,7 +140,7 @@ def work(coin, bpe, tmp_path_factory):
         whole.save_pretrained(str(folder / ('tied' if tied else 'untied')), bpe)
     (folder / 'draw.py').write_text(DRAW)
     (folder / 'part.py').write_text(PART)
-    one = {'sft': ['sft.py', *SFT], 'torn': ['sft.py', *SFT, '--save_interval=1', '--max_steps=3'], 'ppo': ['ppo.py', *PPO, '--value_warmup=1'],
+    one = {'sft': ['sft.py', *SFT], 'torn': ['sft.py', *SFT, '--save_interval=1', '--max_steps=3', '--keep_states=2'], 'ppo': ['ppo.py', *PPO, '--value_warmup=1'],
            'group': ['ppo.py', *PPO, *GROUP]}
     two = {f'{name} {shard}': [*one[name], f'--shard={shard}'] for name, shard in (('sft', 'ddp'), ('sft', 'fsdp'), ('ppo', 'ddp'), ('ppo', 'fsdp'),
                                                                                  ('group', 'fsdp'))}
