@@ -281,8 +281,8 @@ if __name__ == '__main__':
     if min(n_iterations, n_rollouts, n_per_question, epochs, minibatch, micro_tokens, eval_interval, save_interval, eval_problems) < 1:
         raise UserError('n_iterations, n_rollouts, n_per_question, epochs, minibatch, micro_tokens, eval_interval, save_interval and '
                         'eval_problems must be at least 1')
-    if keep_states < 0:
-        raise UserError('keep_states is 0 or more')
+    if keep_states < 0 or 0 != importance_cap < 1:
+        raise UserError('keep_states is 0 or more, importance_cap 0 (off) or at least 1')
     if temperature <= 0:
         raise UserError('temperature must be above 0: the greedy policy has no probability ratio')
     if n_rollouts % minibatch or n_rollouts % n_per_question:
@@ -370,7 +370,7 @@ if __name__ == '__main__':
     if resume:
         saved = checkpoints.load(models, optimizer) or state
         # of what adapts as the run goes on, a setting that has been changed since counts and not the state
-        changed = [key for key, given in state['given'].items() if saved['given'][key] != given]
+        changed = [key for key, given in state['given'].items() if saved.get('given', {}).get(key) != given]
         state |= {key: value for key, value in saved.items() if key not in changed + ['given']}
         if len(state['priority']) != len(problems):
             raise UserError(f'{out_dir} practised on {len(state["priority"])} questions, not {len(problems)}: n_questions must stay')

@@ -299,6 +299,7 @@ def two_agents(folder, moments, *command):
     return said
 
 
+@pytest.mark.slow
 def test_killed_while_it_validates_a_run_on_two_hosts_goes_on(work, coin, tmp_path):
     """The other process hears of it from its agent, which counts no failure."""
     two_agents(tmp_path, 'validation', *command(coin, tmp_path / 'run', 'sft.py', *SFT))

@@ -555,20 +555,22 @@ def test_a_sampler_draws_with_the_adapter_that_learns(bpe):
     assert gap() < 0.1 < 0.3 < without
 
 
-def test_logits_and_values_are_fp32_under_bf16(bpe):
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
+def test_logits_and_values_are_fp32_under_bf16(bpe, device):
     """Against fp64 products of the rounded factors. At a size of 16 to 32 numbers in bf16 are 0.125 apart."""
-    model = loud(Transformer(tiny_config(bpe.vocab_size)).add_value_head())
-    hidden = 4 * torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
+    model = loud(Transformer(tiny_config(bpe.vocab_size)).add_value_head()).to(device)
+    hidden = 4 * torch.randn(200, 32, generator=torch.Generator().manual_seed(0)).to(device)
     exact = hidden.to(BF16).double() @ model.head.weight.to(BF16).double().t()
+    wanted = torch.arange(200, device=device) % 50
     assert exact.abs().max() > 16
     for copy in (model, model.for_sampling(BF16)):
-        with torch.no_grad(), autocast(torch.device('cpu'), BF16), model.packed(BF16):
+        with torch.no_grad(), autocast(hidden.device, BF16), model.packed(BF16):
             logits = copy.logits(hidden)
         assert logits.dtype == torch.float32 and (logits - exact).abs().max() < 1e-3
-    with autocast(torch.device('cpu'), BF16):
-        logprobs, _ = action_logprobs(model, hidden, torch.arange(200) % 50)
+    with autocast(hidden.device, BF16):
+        logprobs, _ = action_logprobs(model, hidden, wanted)
         values = model.values(hidden)
-    expected = exact.log_softmax(-1)[torch.arange(200), torch.arange(200) % 50]
+    expected = exact.log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
     assert (logprobs - expected).abs().max() < 1e-3
     head = model.value_head
     assert (values - (hidden.double() @ head.weight.double().t() + head.bias.double())[:, 0]).abs().max() < 1e-4

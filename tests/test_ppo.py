@@ -439,6 +439,7 @@ def test_bad_input_is_one_line(script, coin, bpe, tmp_path):
     refused('--epochs=0', match='epochs')
     refused('--epochs=0', match='epochs', script=run_process)  # so that the hook of exceptions and the exit code are a process's own
     refused('--backtrack=2', match='backtrack')
+    refused('--importance_cap=0.5', match='importance_cap 0 (off) or at least 1')
     assert not (tmp_path / 'run').exists()
 
 

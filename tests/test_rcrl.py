@@ -210,7 +210,7 @@ def drawn_alone(model, tok, sample, label, budget, stream, temperature):
 
 def test_forced_labels_equal_the_unbatched_reference(bpe):
     prompts = ['Question: Tom', 'A', 'Question: Ann sells 4 pens for 5 dollars each. How much', 'Question: Tom has']
-    for changes, granularity, new in itertools.product(({}, GPT2), ('step', 'solution'), (True, False)):
+    for changes, granularity, new in (({}, 'step', True), (GPT2, 'step', False), ({}, 'solution', False), (GPT2, 'solution', True)):
         tok = line_breakers(bpe, granularity, new)
         model = loud(Transformer(tiny_config(bpe.vocab_size, **changes))).add_tokens(bpe.vocab_size, 2)
         n_inserted = 0
