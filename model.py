@@ -141,8 +141,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
 
 
+class LayerNorm(nn.LayerNorm):
+    """GPT-2's, in fp32 likewise."""
+
+    def forward(self, x):
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
 def make_norm(config):
-    return (RMSNorm if config.norm == 'rms' else nn.LayerNorm)(config.n_embd, config.norm_eps)
+    return (RMSNorm if config.norm == 'rms' else LayerNorm)(config.n_embd, config.norm_eps)
 
 
 def rope_tables(config):
@@ -190,7 +197,7 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         if self.packed is None:
-            return super().forward(x)
+            return super().forward(x if torch.is_autocast_enabled(x.device.type) else x.to(self.weight.dtype))
         bias = None if self.bias is None else self.bias.to(self.packed.dtype)
         return torch.ops.mkldnn._linear_pointwise(x.to(self.packed.dtype), self.packed, bias, 'none', [], '')
 
@@ -227,10 +234,18 @@ class LoRALinear(Linear):
         return fixed + ([(self.lora_a, self.lora_b, self.scale)] if hasattr(self, 'lora_a') and self.adapting else [])
 
     def forward(self, x):
-        y = super().forward(x)
+        y = super().forward(x).float()  # also where no adapter counts: a fresh one must change nothing
         for a, b, scale in self.adapters():
-            y = y.float() + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)).float() * scale
+            y = y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)).float() * scale
         return y
+
+
+class ScalarHead(nn.Linear):
+    """(..., C) -> (...) in fp32: a value function, or a reward model's score before the logistic function. No matrix product, which a
+    GPU may compute in TF32."""
+
+    def forward(self, x):
+        return (x.float() * self.weight[0]).sum(-1) + self.bias
 
 
 class Packing:
@@ -549,7 +564,7 @@ class Transformer(nn.Module):
     def add_value_head(self):
         """A scalar per token beside the logits, which it leaves unchanged; zero at first, so that it predicts 0."""
         self.head_kind = 'value'  # what it was trained for: 'value', 'orm' or 'prm'; its file says so ('': an old one)
-        self.value_head = nn.Linear(self.config.n_embd, 1, device=self.embed.weight.device)
+        self.value_head = ScalarHead(self.config.n_embd, 1, device=self.embed.weight.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         return self
@@ -571,9 +586,8 @@ class Transformer(nn.Module):
         return self
 
     def values(self, hidden):
-        """(..., C) -> (...), the scalar head in fp32: a value function, or a reward model's score before the logistic function."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.value_head(hidden.float()).squeeze(-1)
+        """(..., C) -> (...), fp32: see ScalarHead."""
+        return self.value_head(hidden)
 
     # ---- LoRA
 
@@ -715,11 +729,11 @@ class Transformer(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_pretrained(cls, path, device='cpu', dtype=torch.float32, *, value_head=False, lora_rank=0, lora_alpha=32.0, shard='none',
-                        product_dtype=torch.float32):
+                        product_dtype=torch.float32, merge=False):
         """Reads a Hugging Face checkpoint: a folder, a run's folder (its best/), or a hub name. Each weight goes straight from the
         memory-mapped file into its place, cast to dtype, and with 'fsdp' a process reads its own part of it alone, so that no whole copy
         is ever in memory. value_head, lora_rank: adds what the checkpoint does not have. shard: 'auto', 'none', 'ddp' or 'fsdp', the
-        last with products in product_dtype. UserError where the checkpoint is missing, broken or not covered."""
+        last with products in product_dtype. merge: bf16 weights, too, take an adapter in. UserError where the checkpoint is missing, broken or not covered."""
         folder = find_checkpoint(path)
         config = config_from_hf(read_json(os.path.join(folder, 'config.json')), folder)
         tensors = read_weights(folder)
@@ -729,14 +743,18 @@ class Transformer(nn.Module):
         value_file = os.path.join(folder, 'value_head.safetensors')
         # Weights in fp32 take an adapter in; beside those in bf16 it stays.
         adapter_file = os.path.join(folder, 'adapter.safetensors')
-        adapters = load_file(adapter_file) if dtype == torch.bfloat16 and os.path.exists(adapter_file) else {}
+        beside = dtype == torch.bfloat16 and not merge and os.path.exists(adapter_file)
+        adapters = load_file(adapter_file) if beside else {}
         with torch.device('meta'):  # no memory and no time for an initialisation that the checkpoint overwrites
             model = cls(config).to(dtype)
             if value_head or os.path.exists(value_file):
                 model.add_value_head()
-            for name in adapters:
-                if name.endswith('.fixed_a'):
-                    model.adapted(name.removesuffix('.fixed_a')).fix(len(adapters[name]))
+            for name in model.adapted_names():
+                if f'{name}.fixed_a' in adapters:
+                    model.adapted(name).fix(len(adapters[f'{name}.fixed_a']))
+            own = {name: p.shape for name, p in model.named_parameters() if 'fixed_' in name}
+            if own != {name: a.shape for name, a in adapters.items()}:
+                raise UserError(f'{adapter_file}: adapters of another model')
             if lora_rank:
                 model.add_lora(lora_rank, lora_alpha)
         model.distribute(sharding(shard, model, torch.device(device)), product_dtype, device)
@@ -753,7 +771,8 @@ class Transformer(nn.Module):
                 raise UserError(f'{folder}: {name} has shape {tuple(weight.shape)}, the config asks for {tuple(wanted)}')
             matrix = name.removesuffix('.weight')
             if f'{matrix}.fixed_a' in adapters:  # what the file holds is merged
-                weight = weight.float() - adapters[f'{matrix}.fixed_b'] @ adapters[f'{matrix}.fixed_a']
+                a, b = (adapters[f'{matrix}.{part}'].double() for part in ('fixed_a', 'fixed_b'))
+                weight = weight.double() - b @ a  # in fp64: the same bf16 weights whatever the order of additions
             fill(model.get_parameter(name), weight)
         # what may be left over: buffers that old files carry, and the copy of a tied output projection
         ignorable = ('.attn.bias', '.attn.masked_bias', 'rotary_emb.inv_freq') + (('lm_head.weight',) if config.tied else ())
@@ -795,8 +814,8 @@ class Transformer(nn.Module):
             if rank() == 0:
                 weight = weight.cpu().to(dtype)
                 if name.removesuffix('.weight') in adapters:
-                    a, b = adapters[name.removesuffix('.weight')]
-                    weight = weight + b.cpu() @ a.cpu()
+                    a, b = (x.cpu().double() for x in adapters[name.removesuffix('.weight')])
+                    weight = (weight.double() + b @ a).to(dtype)
                 sizes = [len(weight)] if len(targets) == 1 else part_sizes(self.config, name)
                 for target, part in zip(targets, weight.split(sizes)):
                     part = part.clone() if len(sizes) > 1 else part  # parts of one storage cannot be saved
@@ -918,8 +937,8 @@ def config_from_hf(hf, source='config.json'):
     def refuse(what):
         raise UserError(f'{source}: {what} is not covered (this code knows {", ".join(FAMILIES)})')
 
-    if hf.get('model_type') == 'nanoreason':  # see config_to_hf
-        own = hf['nanoreason']
+    own = hf.get('nanoreason')
+    if hf.get('model_type') == 'nanoreason' and isinstance(own, dict) and 'family' in own:  # see config_to_hf
         for key in set(own) - set(asdict(ModelConfig())):
             refuse(f'the setting {key!r}')
         return replace(config_from_hf(hf | {'model_type': own['family']}, source), **own)
@@ -1355,6 +1374,8 @@ def memory_needed(models, dtype, micro_tokens, longest, max_rows=0, longest_prom
     c, device = policy.config, policy.embed.weight.device
     kept_dtype = torch.float32 if any(isinstance(m, LoRALinear) for m in policy.modules()) else dtype  # as adapters add
     learning = activation_bytes(c, micro_tokens, longest, kept_dtype, policy.grad_checkpointing, device)
+    if dtype != torch.float32 and micro_tokens:  # the output projection rounded, in fp32 again, and its gradient: see logits
+        learning += (2 + 4 + 4 * policy.head.weight.requires_grad) * policy.head.weight.numel()
     copied = policy.shard == 'fsdp' or dtype != policy.embed.weight.dtype
     sizes = [p.numel() * (4 if 'lora_' in name or 'fixed_' in name else dtype.itemsize) for name, p in policy.named_parameters()]
     copy = sum(sizes) if copied and max_rows else 0
@@ -1380,6 +1401,7 @@ def disk_needed(config, n_exports, keep_states=0, lora_rank=0, n_learners=1):
             model.add_lora(lora_rank)
         export = 4 * model.n_params()
     state = 12 * n_learners * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    keep_states = min(keep_states, 2)
     return (f'disk at most about {size_text(3 * state + n_exports * export)}, {size_text(keep_states * state + n_exports * export)} when '
             f'finished: up to 3 states of {size_text(state)}, then {keep_states}, and {n_exports} checkpoints of {size_text(export)}')
 

@@ -60,7 +60,7 @@ reward_wrong = 0.0        # of a wrong one, or none
 reward_truncated = 0.0    # of a solution that the budget cut short
 refine = 'none'           # of 'prm' and 'orm_dense': 'none', 'clip', 'delta' or 'clip_delta' (Gao et al. 2024)
 eta = 0.5                 # Clip's threshold on the scores
-eta_quantile = 0.0        # above 0: eta is this quantile of the scores of the first policy's steps on the validation slice
+eta_quantile = 0.0        # above 0: eta is this quantile of the scores of the policy's steps on the validation slice, before it learns
 kl_coef = 0.05            # paper: 0.05
 kl_target = 0.0           # nats a solution; above 0 the coefficient adapts until the KL is there (Ziegler et al. 2019)
 kl_horizon = 10000        # rollouts over which it adapts
@@ -128,7 +128,7 @@ def whiten(x, mask, shift_mean=True):
     x = x.masked_fill(~mask, 0)
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
-    if variance.sqrt() <= 1e-6 * x.abs().max():  # rounding, of which Adam would make a whole step
+    if variance.sqrt() <= 1e-6 * x.abs().max().clamp(min=1):  # rounding, of which Adam would make a whole step
         return torch.zeros_like(x)
     return ((x - mean if shift_mean else x) * (variance + 1e-8).rsqrt()).masked_fill(~mask, 0)
 
@@ -159,7 +159,7 @@ def group_advantages(rewards, mask, n):
     total = rewards.masked_fill(~mask, 0).double().sum(-1).view(-1, n)
     others = (total.sum(-1, keepdim=True) - total) / (n - 1)
     spread, size = total.amax(-1) - total.amin(-1), total.abs().amax(-1)
-    advantage = (total - others).masked_fill((spread <= 1e-6 * size)[:, None], 0).to(rewards.dtype)
+    advantage = (total - others).masked_fill((spread <= 1e-6 * size.clamp(min=1))[:, None], 0).to(rewards.dtype)
     return advantage.view(-1, 1).expand(mask.shape).masked_fill(~mask, 0)
 
 
@@ -308,7 +308,8 @@ if __name__ == '__main__':
                                          value_head=advantage == 'gae' and critic == 'shared', **learning)
     reference = None  # the policy's own weights without the adapter
     if ref or not lora_rank:
-        reference = Transformer.from_pretrained(ref or policy_from, device, dtype, shard=policy.shard, product_dtype=dtype).requires_grad_(False)
+        reference = Transformer.from_pretrained(ref or policy_from, device, dtype, shard=policy.shard, product_dtype=dtype, merge=not ref)
+        reference.requires_grad_(False)
     if ref:
         check_same_tokenizer(load_tokenizer(ref, conditioned=False), tok, f'ref = {ref} and {policy_from}')
         rewards.check_context(reference.config, policy.config, f'ref = {ref}')
@@ -363,7 +364,7 @@ if __name__ == '__main__':
     peak_lr = [group['lr'] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     state = {'iteration': 0, 'position': 0, 'updates': 0, 'best': None, 'kl_coef': kl_coef, 'eta': None if eta_quantile else eta,
-             'given': {'kl_coef': [kl_coef], 'eta': [eta, eta_quantile]},
+             'given': {'kl_coef': kl_coef, 'eta': ['quantile', eta_quantile] if eta_quantile else eta},
              'priority': [0.0] * len(problems), 'last_seen': [-1] * len(problems)}
     models = {'policy': policy, 'critic': value_model if separate else None, 'reference': reference, 'scorer': scorer}
     models, checkpoints = {name: model for name, model in models.items() if model is not None}, Checkpoints(out_dir)
@@ -471,7 +472,7 @@ if __name__ == '__main__':
             print(f'warning: the log-probs of sampler and trainer differ by {sampler_gap:.2g} nats a token (healthy: below {tolerance}); '
                   f'importance_cap = 2 allows for it')
         if iteration == 1:  # sampler and trainer are one policy, and nothing has moved yet; else the ratios below mean nothing
-            assert sampler_gap < tolerance, 'the log-probs of sampler and trainer differ'
+            assert importance_cap or sampler_gap < tolerance, 'the log-probs of sampler and trainer differ'
             assert ref or masked_mean((old_logprobs - ref_logprobs).abs(), mask) < tolerance, 'the reference is not the initial policy'
 
         # 5. a KL penalty on every token: -beta (log p - log p_ref), whose mean over samples is -beta KL
@@ -562,6 +563,7 @@ if __name__ == '__main__':
         # 8. what happened
         n_tokens = int(lengths.sum())
         means = dict(zip(('policy_loss', 'value_loss', 'approx_kl', 'clip_share', 'mean_ratio', 'grad_norm'), totals / max(1, n_done)))
+        means['mean_ratio'] = means['mean_ratio'] if n_done else 1.0
         if value_model is not None:  # the mean value is that of the first token, where all of the return is still to come
             means |= {'explained_variance': explained_variance(old_values, returns, mask), 'mean_value': old_values[:, 0].mean()}
         right = torch.tensor([r.correct for r in responses]).view(n_picked, n_per_question)

@@ -56,7 +56,7 @@ batch_size = 64
 micro_tokens = 16384
 grad_checkpointing = False  # compute activations again in backward: about a third more time, and memory for one block's alone
 shard = 'auto'            # over processes: 'ddp' (each has all weights), 'fsdp' (each has a part), or 'auto', by what fits
-lora_rank = 0             # above 0: adapters of that rank learn and all else is frozen; the export has them merged
+lora_rank = 0             # above 0: adapters of that rank learn and all else is frozen; the export has them merged, and beside
 lora_alpha = 32.0         # an adapter's output counts lora_alpha / lora_rank
 lr = 1e-5
 min_lr = 1e-6
@@ -155,14 +155,14 @@ def completion(solution):
 
 # ---- Answer check ----
 
-NUMBER = re.compile(r'([-+$£€\s]*)([.,]?[0-9][0-9.,]*)(?:/([0-9][0-9.,]*))?'
+NUMBER = re.compile(r'([-+$£€\s]*)([.,]?[0-9][0-9.,]*)(?: ?/ ?([0-9][0-9.,]*))?'
                     # there the number ends: 1e5, 1/2/3, 9^2, 9{.}5, 3\ 4, 2 \sqrt{3} are none; 18\text{ kg} is 18
-                    r'(?![0-9.,]*(?:(?:[eE/][-+]?)?[0-9]|\^|_?\{| ?(?:\\[!,;: ]|~)(?:\\[!,;: ]|[~ ])*[0-9]|'
+                    r'(?![0-9.,]*(?:(?:(?:[eE]| ?/ ?)[-+]?)?[0-9]|\^| ?_?\{|[½⅓⅔¼¾]|[\'_][0-9]| ?(?:\\[!,;: ]|~)(?:\\[!,;: ]|[~ ])*[0-9]|'
                     r' ?\\(?!(?:text|mathrm)[a-z]*\{[^{}0-9]*\}(?![0-9])|boxed|end|q?quad)[A-Za-z]))(?: ?%)?')
 DIGITS = re.compile(r'(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)?(?:\.[0-9]+)?')
 MINUS = str.maketrans('\u2212\u2013', '--')  # the minus sign and the en dash
 # LaTeX: 1{,}800 and 1,\!800; 12\,000; \frac{a}{b}, also after a whole number, but with no other digits beside it
-COMMA = re.compile(r'(?:\\!)?(?:\{,\}|(?<!\\),)(?:\\!)?')
+COMMA = re.compile(r'(?<=[0-9])(?:\\!)?\{+,\}+(?:\\!)?(?=[0-9])|(?:\\!)?(?<!\\),(?:\\!)?')
 THOUSANDS = re.compile(r'(?<![0-9.,])[0-9]{1,3}(?:\\,[0-9]{3})+(?![0-9])')
 FRACTION = re.compile(r'(?:(?<![0-9.,])(?:([0-9]{1,64})(?:\\[!,;: ]|[~ ])*)?|(?<=(,)))\\[cdt]?frac ?'
                       r'(?:\{ ?(-?[0-9][0-9.,]{0,63}) ?\}|([0-9])) ?(?:\{ ?([0-9][0-9.,]{0,63}) ?\}|([0-9]))(?![.,]?[0-9])')
@@ -207,7 +207,7 @@ def _fraction(m):
 
 def _plain(text):
     """LaTeX's notation of numbers, spelled plainly. Digits are joined only where it says that they are one number."""
-    text = COMMA.sub(',', re.sub(r'\\([$%])', r'\1', text.translate(MINUS)))
+    text = COMMA.sub(',', re.sub(r'\\+([$%])', r'\1', text.translate(MINUS)))
     return FRACTION.sub(_fraction, THOUSANDS.sub(lambda m: m[0].replace('\\,', ''), text))
 
 
@@ -246,7 +246,7 @@ def extract_answer(text):
     1,2,3  18,00  1.800,50  1.2.3  3\,4  3\ 4       None      which number is meant is a guess
     1\frac{4}{5}  1\frac45  1 \frac{4}{5}           1.8       a whole number and a proper fraction; 1\frac{5}{4} is None
     9^2  9{.}5  2\sqrt{3}  \frac{9}{2}5             None      the number goes on, as no number that is read here
-    1/2  .5  \frac{1}{2}  \frac12                   0.5       a fraction is a number: 3/4 is not a right answer to 3
+    1/2  1 / 2  .5  \frac{1}{2}  \frac12            0.5       a fraction is a number: 3/4 is not a right answer to 3
     1/3                                             1/3       compared exactly
     1/0  1e5  --18  1/2/3                           None
     .   ,   (nothing)   eighteen   **18**   x = 18  None      the number follows the marker, in digits

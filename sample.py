@@ -149,7 +149,7 @@ class HFTokenizer(PromptEncoding):
         self.hf, self.eos, self.ends = hf, hf.eos_token_id, [hf.eos_token_id]
         self.vocab_size = max(hf.get_vocab().values()) + 1  # more than there are tokens, if ids are left out
         text, whole = self.encode('a'), hf('a')['input_ids']
-        start = next(i for i in range(len(whole)) if whole[i:i + len(text)] == text)
+        start = next((i for i in range(len(whole)) if whole[i:i + len(text)] == text), 0)
         self.bos = whole[:start]  # <s> for Llama
 
     def encode(self, text):
@@ -239,6 +239,8 @@ def load_tokenizer(path, conditioned=True):
     if tokenizer.eos >= rows:
         raise UserError(f'{path}: the end token {tokenizer.eos} is outside of the embedding of {rows} rows: '
                         'no sample would ever end')
+    if max(tokenizer.bos, default=0) >= rows:
+        raise UserError(f'{path}: the begin token {max(tokenizer.bos)} is outside of the embedding of {rows} rows')
     if text_ids > rows:
         raise UserError(f'{path}: the tokenizer has {text_ids} tokens, the embedding {rows} rows')
     # Ids outside of the embedding are never drawn: an end token that is a config's default, padding that was added.

@@ -1,7 +1,7 @@
 # Expert Iteration of SmolLM2-135M on GSM8K, with few samples a question.
 # $ python sft.py config/gsm8k_smollm2_sft.py && python ei.py config/gsm8k_smollm2_ei.py
 # $ python eval.py --init_from=out/gsm8k_smollm2_ei --task=gsm8k && python eval.py --compare out/gsm8k_smollm2_sft out/gsm8k_smollm2_ei
-# Memory: 6.3 GiB on one GPU of 8 GB. Disk: 6.5 GiB, 2.0 GiB when finished.
+# Memory: 6.5 GiB on one GPU of 8 GB. Disk: 6.5 GiB, 2.0 GiB when finished.
 # 7,217 questions * 8 samples * 3 rounds = 173,208 samples.
 # Not run: it needs a GPU and the model hub.
 task = 'gsm8k'

@@ -1,6 +1,6 @@
 # The outcome reward model for the SFT policy of gsm8k_smollm2_sft.
 # $ python rewards.py config/gsm8k_smollm2_orm.py
-# Memory: 6.3 GiB on one GPU of 8 GB. Disk: 5.0 GiB, 2.0 GiB when finished.
+# Memory: 6.5 GiB on one GPU of 8 GB. Disk: 5.0 GiB, 2.0 GiB when finished.
 # 7,217 questions * 8 = 57,736 samples.
 # Not run: it needs a GPU and the model hub.
 task = 'gsm8k'

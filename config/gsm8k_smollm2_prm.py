@@ -1,6 +1,6 @@
 # The process reward model for the SFT policy of gsm8k_smollm2_sft.
 # $ python rewards.py config/gsm8k_smollm2_prm.py
-# Memory: 6.3 GiB on one GPU of 8 GB. Disk: 5.0 GiB, 2.0 GiB when finished.
+# Memory: 6.5 GiB on one GPU of 8 GB. Disk: 5.0 GiB, 2.0 GiB when finished.
 # 3,000 questions * 2 solutions * about 4 steps * 8 = 190,000 samples.
 # Not run: it needs a GPU and the model hub.
 task = 'gsm8k'

@@ -1,7 +1,7 @@
 # Return-conditioned RL of SmolLM2-135M on GSM8K, on solutions of Expert Iteration's policy.
 # $ python ei.py config/gsm8k_smollm2_ei.py && python rcrl.py config/gsm8k_smollm2_rcrl.py
 # $ python eval.py --init_from=out/gsm8k_smollm2_rcrl --task=gsm8k && python eval.py --init_from=out/gsm8k_smollm2_rcrl --task=gsm8k --condition=bad
-# Memory: 6.3 GiB on one GPU of 8 GB. Disk: 6.0 GiB, 3.0 GiB when finished.
+# Memory: 6.5 GiB on one GPU of 8 GB. Disk: 6.0 GiB, 3.0 GiB when finished.
 # 7,217 questions * 8 = 57,736 solutions, and at most 3 rollouts for each of their steps.
 # Not run: it needs a GPU and the model hub.
 task = 'gsm8k'

@@ -1,6 +1,6 @@
 # Expert Iteration for SVAMP, after svamp_smollm2_sft.
 # $ python ei.py config/svamp_smollm2_ei.py && python eval.py --init_from=out/svamp_smollm2_ei --task=svamp --max_new_tokens=96
-# Memory: 6.3 GiB on one GPU of 8 GB. Disk: 6.0 GiB, 1.5 GiB when finished.
+# Memory: 6.5 GiB on one GPU of 8 GB. Disk: 6.0 GiB, 1.5 GiB when finished.
 # Not run: it needs a GPU and the model hub.
 task = 'svamp'
 init_from = 'out/svamp_smollm2_sft'

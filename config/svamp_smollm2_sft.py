@@ -1,7 +1,7 @@
 # SFT of SmolLM2-135M for SVAMP: trained on MAWPS and ASDiv-A, tested on SVAMP's 1,000 problems (its authors' protocol).
 # $ python data/svamp/prepare.py && python sft.py config/svamp_smollm2_sft.py
 # $ python eval.py --init_from=out/svamp_smollm2_sft --task=svamp --max_new_tokens=96
-# Memory: 6.3 GiB on one GPU of 8 GB. Disk: 5.5 GiB, 2.5 GiB when finished.
+# Memory: 6.5 GiB on one GPU of 8 GB. Disk: 5.5 GiB, 2.5 GiB when finished.
 # Not run: it needs a GPU and the model hub.
 task = 'svamp'
 init_from = 'HuggingFaceTB/SmolLM2-135M'

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import transformers
-from conftest import GPT2, ROOT, loud, real_data, tiny_config
+from conftest import GPT2, ROOT, loud, real_data, run_script, tiny_config
 from safetensors.torch import load_file, save_file
 
 import ppo
@@ -506,6 +506,12 @@ def test_what_an_adapter_learned_in_bf16_is_sampled_validated_and_exported(adapt
     for policy in (model.for_sampling(BF16), loaded, Transformer.from_pretrained(str(tmp_path / 'b'), dtype=BF16)):
         assert slope(logprobs(policy) - before, change) > 0.95
     assert all(torch.equal(model.get_parameter(name), p) for name, p in loaded.named_parameters() if 'fixed_' not in name)
+    with pytest.raises(UserError, match='adapters of another model'):
+        shutil.copytree(tmp_path / 'a', tmp_path / 'other')
+        save_file({'blocks.0.mlp.up.fixed_a': torch.zeros(4, 99)}, str(tmp_path / 'other' / 'adapter.safetensors'))
+        Transformer.from_pretrained(str(tmp_path / 'other'), dtype=BF16)
+    taken_in = Transformer.from_pretrained(str(tmp_path / 'a'), dtype=BF16, merge=True)
+    assert not taken_in.adapters() and torch.equal(logprobs(taken_in), logprobs(merged))
     # what others read, computed in fp32, has changed likewise: little is lost where the trainer adds up
     exact = Transformer.from_pretrained(str(tmp_path / 'a'))
     after = logprobs(exact, dtype=torch.float32)
@@ -555,9 +561,34 @@ def test_a_sampler_draws_with_the_adapter_that_learns(bpe):
     assert gap() < 0.1 < 0.3 < without
 
 
+def test_an_adapter_that_has_learned_nothing_changes_nothing_in_bf16(bpe):
+    """Bit for bit: the reference of a KL penalty is the policy without its adapter, and the first KL is exactly 0."""
+    ids = torch.arange(20)[None]
+    for changes in ({}, GPT2):
+        model = loud(Transformer(tiny_config(bpe.vocab_size, **changes)).to(BF16).finish_loading()).add_lora(4)
+        with torch.no_grad(), autocast(torch.device('cpu'), BF16):
+            logits = model(ids)
+            with model.without_adapter():
+                assert torch.equal(model(ids), logits)
+
+
+def test_bf16_weights_compute_with_and_without_autocast(bpe):
+    ids = torch.arange(20)[None]
+    for changes in ({}, GPT2):
+        model = loud(Transformer(tiny_config(bpe.vocab_size, **changes)))
+        half = model.for_sampling(BF16)
+        with torch.no_grad():
+            exact, plain = model(ids), half(ids)
+            with autocast(torch.device('cpu'), BF16):
+                cast = half(ids)
+        for logits in (plain, cast):
+            assert logits.dtype == torch.float32 and (logits - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.cuda)])
 def test_logits_and_values_are_fp32_under_bf16(bpe, device):
     """Against fp64 products of the rounded factors. At a size of 16 to 32 numbers in bf16 are 0.125 apart."""
+    setup(device)  # on a GPU, TF32 for what stays fp32
     model = loud(Transformer(tiny_config(bpe.vocab_size)).add_value_head()).to(device)
     hidden = 4 * torch.randn(200, 32, generator=torch.Generator().manual_seed(0)).to(device)
     exact = hidden.to(BF16).double() @ model.head.weight.to(BF16).double().t()
@@ -576,3 +607,8 @@ def test_logits_and_values_are_fp32_under_bf16(bpe, device):
     assert (values - (hidden.double() @ head.weight.double().t() + head.bias.double())[:, 0]).abs().max() < 1e-4
     logprobs.sum().backward()  # and there is a gradient
     assert model.head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.slow
+def test_the_benchmark_says_what_kind_of_cpu_it_is():
+    assert torch.backends.cpu.get_cpu_capability() in run_script('model.py', '--bench', '--device=cpu').stdout

@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import Killed, coin_logprobs, dies_after, loud, run_process, tiny_config
+from conftest import Killed, coin_logprobs, dies_after, loud, run_process, run_script, tiny_config
 
 import ppo
 import rewards
@@ -108,6 +108,8 @@ def test_samples_that_tie_have_no_advantage_and_move_nothing():
     assert not ppo.group_advantages(shuffled, mask, 8).any()
     noise = 1e-8 * torch.randn(8, 5, generator=torch.Generator().manual_seed(0))  # of a KL that is 0 but for rounding
     assert not ppo.group_advantages(shuffled + noise, mask, 8).any()
+    for tiny in (noise, 10 * noise):  # all wrong
+        assert not ppo.group_advantages(tiny, mask, 8).any() and not ppo.whiten(tiny, mask).any()
     shuffled[3, 2] += 1e-3  # and what does not tie has one
     assert ppo.group_advantages(shuffled, mask, 8).all()
     for shift_mean in (True, False):
@@ -371,7 +373,7 @@ def test_every_way_of_learning_loads_the_coin(script, coin, tmp_path):
     assert rows['replay'][0]['backtracked'] > 0 and rows['replay'][-1]['backtracked'] == 0
 
 
-def test_a_setting_that_was_changed_counts_and_not_the_state(script, coin, tmp_path):
+def test_a_setting_that_was_changed_counts_and_not_the_state(script, coin, tmp_path, monkeypatch):
     flags = ['--kl_target=1', '--kl_horizon=100', '--save_interval=1']
     run_ppo(script, coin, tmp_path / 'run', *flags, '--n_iterations=1')
     shutil.copytree(tmp_path / 'run', tmp_path / 'changed')
@@ -380,11 +382,36 @@ def test_a_setting_that_was_changed_counts_and_not_the_state(script, coin, tmp_p
     assert 'kl_coef 0.05 -> 0.5' in printed
     assert iterations(tmp_path / 'run')[-1]['kl_coef'] == ppo.adapted(0.05, 0.0, 1.0, 64, 100)  # as it had adapted
     assert iterations(tmp_path / 'changed')[-1]['kl_coef'] == 0.5
+    # eta: what a quantile found is in the state, and a given one that has changed is not
+    run_script('rewards.py', f'--task={coin}/task', f'--init_from={coin}/policy', '--kind=prm', f'--out_dir={tmp_path}/prm', '--n_questions=8',
+               '--k=4', '--rollouts=1', '--heldout=4', '--batch_size=8', '--epochs=1', '--max_new_tokens=40', '--device=cpu')
+    flags = ['--reward=prm', f'--reward_model={tmp_path}/prm', '--refine=clip', '--save_interval=1', f'--out_dir={tmp_path}/eta']
+    etas = []
+
+    def noting(responses, scores, refine, eta):
+        etas.append(eta)
+        return prm_rewards(responses, scores, refine, eta)
+    prm_rewards = rewards.prm_rewards
+    monkeypatch.setattr(rewards, 'prm_rewards', noting)
+    for n, changes in enumerate((['--eta_quantile=0.5'], ['--eta_quantile=0.5', '--eta=0.9'], ['--eta=0.25'], ['--eta=0.75'], ['--eta_quantile=1.0'])):
+        resume = ['--init_from=resume'] * (n > 0)
+        run_ppo(script, coin, tmp_path / 'eta', *flags, f'--n_iterations={n + 1}', *changes, *resume)
+    assert etas[0] == etas[1] and etas[2:4] == [0.25, 0.75] and etas[4] > etas[0]
+
+
+def test_rows_without_an_advantage_are_left_out_where_nothing_else_needs_them(script, coin, tmp_path):
+    """Every sample earns the same: a bonus on entropy still moves the policy, and without one nothing moves it."""
+    flags = ['--advantage=group', '--kl_coef=0', '--reward_right=0.35', '--reward_wrong=0.35', '--reward_truncated=0.35', '--n_iterations=2']
+    for name, bonus, moves in (('tied', 0.0, False), ('bonus', 0.1, True)):
+        run_ppo(script, coin, tmp_path / name, *flags, f'--entropy_coef={bonus}')
+        weights = [Transformer.from_pretrained(str(folder)).embed.weight for folder in (coin / 'policy', tmp_path / name / 'last')]
+        assert torch.equal(*weights) == (not moves)
+        assert [row['learning_rows'] for row in iterations(tmp_path / name)] == [float(moves)] * 2
 
 
 def test_the_samplers_gap_is_watched_in_every_iteration(script, coin, tmp_path, monkeypatch):
     """The policy that draws the second iteration's samples is another one than the policy that learns."""
-    right, calls = Transformer.for_sampling, itertools.count()
+    right = Transformer.for_sampling
 
     def wrong_later(self, dtype):
         policy = copy.deepcopy(right(self, dtype))
@@ -393,9 +420,15 @@ def test_the_samplers_gap_is_watched_in_every_iteration(script, coin, tmp_path, 
                 policy.norm.weight.mul_(1.2)
         return policy
     monkeypatch.setattr(Transformer, 'for_sampling', wrong_later)
-    printed = run_ppo(script, coin, tmp_path / 'run', '--n_iterations=3', '--importance_cap=2').stdout
-    assert printed.count('warning: the log-probs of sampler and trainer differ by') == 1
-    assert [row['sampler_gap'] > 1e-3 for row in iterations(tmp_path / 'run')] == [False, True, False]
+    losses = {}
+    for cap in (0, 2):
+        calls = itertools.count()
+        printed = run_ppo(script, coin, tmp_path / str(cap), '--n_iterations=3', f'--importance_cap={cap}').stdout
+        assert printed.count('warning: the log-probs of sampler and trainer differ by') == 1
+        rows = iterations(tmp_path / str(cap))
+        assert [row['sampler_gap'] > 1e-3 for row in rows] == [False, True, False]
+        losses[cap] = [row['policy_loss'] for row in rows]
+    assert losses[0][0] == pytest.approx(losses[2][0], rel=1e-4) and losses[0][1] != pytest.approx(losses[2][1], rel=1e-2)
 
 
 def test_the_result_does_not_depend_on_the_micro_batches(script, coin, tmp_path):
