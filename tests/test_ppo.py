@@ -386,7 +386,7 @@ def test_a_setting_that_was_changed_counts_and_not_the_state(script, coin, tmp_p
     run_script('rewards.py', f'--task={coin}/task', f'--init_from={coin}/policy', '--kind=prm', f'--out_dir={tmp_path}/prm', '--n_questions=8',
                '--k=4', '--rollouts=1', '--heldout=4', '--batch_size=8', '--epochs=1', '--max_new_tokens=40', '--device=cpu')
     flags = ['--reward=prm', f'--reward_model={tmp_path}/prm', '--refine=clip', '--save_interval=1', f'--out_dir={tmp_path}/eta']
-    etas = []
+    etas, found = [], []
 
     def noting(responses, scores, refine, eta):
         etas.append(eta)
@@ -395,8 +395,8 @@ def test_a_setting_that_was_changed_counts_and_not_the_state(script, coin, tmp_p
     monkeypatch.setattr(rewards, 'prm_rewards', noting)
     for n, changes in enumerate((['--eta_quantile=0.5'], ['--eta_quantile=0.5', '--eta=0.9'], ['--eta=0.25'], ['--eta=0.75'], ['--eta_quantile=1.0'])):
         resume = ['--init_from=resume'] * (n > 0)
-        run_ppo(script, coin, tmp_path / 'eta', *flags, f'--n_iterations={n + 1}', *changes, *resume)
-    assert etas[0] == etas[1] and etas[2:4] == [0.25, 0.75] and etas[4] > etas[0]
+        found.append('eta = ' in run_ppo(script, coin, tmp_path / 'eta', *flags, f'--n_iterations={n + 1}', *changes, *resume).stdout)
+    assert found == [True, False, False, False, True] and etas[0] == etas[1] and etas[2:4] == [0.25, 0.75] and etas[4] > etas[0]
 
 
 def test_rows_without_an_advantage_are_left_out_where_nothing_else_needs_them(script, coin, tmp_path):
@@ -410,25 +410,25 @@ def test_rows_without_an_advantage_are_left_out_where_nothing_else_needs_them(sc
 
 
 def test_the_samplers_gap_is_watched_in_every_iteration(script, coin, tmp_path, monkeypatch):
-    """The policy that draws the second iteration's samples is another one than the policy that learns."""
+    """The policy that draws one iteration's samples is another one than the policy that learns."""
     right = Transformer.for_sampling
 
     def wrong_later(self, dtype):
         policy = copy.deepcopy(right(self, dtype))
-        if next(calls) == 2:  # after the validation before the first iteration, and the first iteration's rollouts
+        if next(calls) == wrong:  # after one for validation, before the first iteration
             with torch.no_grad():
                 policy.norm.weight.mul_(1.2)
         return policy
     monkeypatch.setattr(Transformer, 'for_sampling', wrong_later)
     losses = {}
-    for cap in (0, 2):
-        calls = itertools.count()
-        printed = run_ppo(script, coin, tmp_path / str(cap), '--n_iterations=3', f'--importance_cap={cap}').stdout
+    for cap, wrong in ((0, 2), (2, 2), (2, 1)):
+        calls, out = itertools.count(), tmp_path / f'{cap} {wrong}'
+        printed = run_ppo(script, coin, out, '--n_iterations=2', f'--importance_cap={cap}').stdout
         assert printed.count('warning: the log-probs of sampler and trainer differ by') == 1
-        rows = iterations(tmp_path / str(cap))
-        assert [row['sampler_gap'] > 1e-3 for row in rows] == [False, True, False]
-        losses[cap] = [row['policy_loss'] for row in rows]
-    assert losses[0][0] == pytest.approx(losses[2][0], rel=1e-4) and losses[0][1] != pytest.approx(losses[2][1], rel=1e-2)
+        assert [row['sampler_gap'] > 1e-3 for row in iterations(out)] == [wrong == 1, wrong == 2]
+        losses[cap, wrong] = [row['policy_loss'] for row in iterations(out)]
+    first, second = zip(losses[0, 2], losses[2, 2])
+    assert first[0] == pytest.approx(first[1], rel=1e-4) and second[0] != pytest.approx(second[1], rel=1e-2)
 
 
 def test_the_result_does_not_depend_on_the_micro_batches(script, coin, tmp_path):
