@@ -351,7 +351,9 @@ if __name__ == '__main__':
     records_file = os.path.join(out_dir, f'{name}.jsonl')
     keys = ('init_from', 'task', 'split', 'n_problems', 'k', 'temperature', 'top_k', 'top_p', 'scorer', 'few_shot', 'max_new_tokens',
             'seed')
-    identity = {key: settings[key] for key in keys} | {'weights': os.path.getmtime(os.path.join(folder, 'config.json'))}
+    written = {name: os.path.getmtime(os.path.join(find_checkpoint(path), 'config.json'))  # trained anew, a model has other samples or scores
+               for name, path in (('weights', folder), ('scorer_weights', scorer)) if path}
+    identity = {key: settings[key] for key in keys} | written
     before, records = from_main(lambda: read_records(records_file))
     if before and before != identity:
         changed = [key for key in identity if before.get(key) != identity[key]]

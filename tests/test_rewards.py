@@ -1,6 +1,7 @@
 """Problems, prompts, the answer check, steps and equations, on texts made here."""
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -699,6 +700,9 @@ def test_rerank_and_the_orm_as_a_filter(coin, judges, script, tmp_path):
     ask = ['eval.py', f'--init_from={coin}/policy', '--k=6', '--temperature=1', '--max_new_tokens=40', '--device=cpu']
     done = script(*ask, f'--scorer={judges}/orm', f'--task={coin}/task', f'--out_dir={tmp_path}')
     assert 'rerank@6' in done.stdout and 'weighted@6' in done.stdout
+    os.utime(judges / 'orm' / 'best' / 'config.json')  # as if it had been trained anew
+    done = script(*ask, f'--scorer={judges}/orm', f'--task={coin}/task', f'--out_dir={tmp_path}', code=2)
+    assert 'other settings (scorer_weights)' in done.stderr
     metrics = {name: mean for name, (mean, _) in json.loads((tmp_path / 'eval_task.json').read_text())['metrics'].items()}
     assert metrics['pass@6'] >= metrics['rerank@6'] >= metrics['pass@6'] - 0.13
     assert metrics['rerank@6'] > metrics['maj@6'] and metrics['weighted@6'] >= metrics['maj@6']
