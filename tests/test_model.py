@@ -385,6 +385,7 @@ def test_optimizer_state_round_trip_is_exact(tmp_path, bpe):
 
 def test_weight_decay_is_for_matrices():
     groups = make_optimizer(Transformer(tiny_config(V)), 1e-3, 0.1).param_groups
+    assert all(group['params'] for group in groups)
     assert all(p.dim() >= 2 for p in groups[0]['params']) and groups[0]['weight_decay'] == 0.1
     assert all(p.dim() < 2 for p in groups[1]['params']) and groups[1]['weight_decay'] == 0.0
 

@@ -369,7 +369,8 @@ def test_every_way_of_learning_loads_the_coin(script, coin, tmp_path):
     # far below its target, the KL's coefficient falls at the largest rate there is
     assert [row['kl_coef'] for row in rows['bonus'][:2]] == [0.05, ppo.adapted(0.05, 0.0, 1.0, 64, 10000)]
     given = [s for s in samples_of(tmp_path / 'replay') if s['prefix']]
-    assert given and all(s['prefix'] == '1+1=<<1+1=2>>2\n' and s['text'].count('<<') == 0 for s in given if s['correct'])
+    given = [s for s in given if s['correct']]
+    assert given and all(s['prefix'] == '1+1=<<1+1=2>>2\n' and s['text'].count('<<') == 0 for s in given)
     assert rows['replay'][0]['backtracked'] > 0 and rows['replay'][-1]['backtracked'] == 0
 
 

@@ -365,7 +365,9 @@ def test_the_coin_falls_as_the_label_says(learned, script, coin):
         script('eval.py', f'--init_from={learned}', f'--task={coin}/task', '--k=8', '--max_new_tokens=40', f'--condition={condition}', '--device=cpu')
         metrics = json.load(open(learned / f'{name}.json'))['metrics']
         shares[condition] = metrics['pass@1'][0]
-        for line in open(learned / f'{name}.jsonl').readlines()[1:]:
+        records = open(learned / f'{name}.jsonl').readlines()[1:]
+        assert records
+        for line in records:
             assert all('GOOD' not in s['text'] and 'BAD' not in s['text'] for s in json.loads(line)['samples'])
     assert shares['good'] > shares['bad'] + 0.3  # of 128 samples each: a standard error of the difference is 0.06 at most
     table = script('eval.py', '--compare', str(learned)).stdout
