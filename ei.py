@@ -26,8 +26,8 @@ import torch
 import eval as evaluation
 import rewards
 from config import Log, UserError, listen_for_stop, override, read_run, resuming, start_run
-from model import (Transformer, config_from_hf, disk_needed, find_checkpoint, from_main, memory_needed, rank, read_json, replace_folder,
-                   setup, wait_for_main)
+from model import (Transformer, config_from_hf, disk_needed, find_checkpoint, first_line, from_main, memory_needed, rank, read_json,
+                   replace_folder, setup, wait_for_main)
 from sample import Example, Sampler, check_room, check_same_tokenizer, load_tokenizer
 from sft import finetune, n_learned, solution_examples
 
@@ -248,9 +248,13 @@ if __name__ == '__main__':
         if maj1 >= best:
             best = maj1
             if rank() == 0:  # as it has learned: what draws samples may be rounded to bf16
-                new = os.path.join(out_dir, 'best.tmp')
+                new, target = os.path.join(out_dir, 'best.tmp'), os.path.join(out_dir, 'best')
                 shutil.rmtree(new, ignore_errors=True)
-                shutil.copytree(round_dir, new)
-                replace_folder(new, os.path.join(out_dir, 'best'))
+                try:
+                    shutil.copytree(round_dir, new)
+                    replace_folder(new, target)
+                except OSError as error:  # a full disk, most often, of which copytree makes an error without its number
+                    shutil.rmtree(new, ignore_errors=True)
+                    raise UserError(f'{target}: not written ({first_line(error)}); what was there is whole') from None
         previous = round_dir
     print(f'best round by validation maj@1 ({best:.3f}): {out_dir}/best')

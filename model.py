@@ -733,7 +733,8 @@ class Transformer(nn.Module):
         """Reads a Hugging Face checkpoint: a folder, a run's folder (its best/), or a hub name. Each weight goes straight from the
         memory-mapped file into its place, cast to dtype, and with 'fsdp' a process reads its own part of it alone, so that no whole copy
         is ever in memory. value_head, lora_rank: adds what the checkpoint does not have. shard: 'auto', 'none', 'ddp' or 'fsdp', the
-        last with products in product_dtype. merge: bf16 weights, too, take an adapter in. UserError where the checkpoint is missing, broken or not covered."""
+        last with products in product_dtype. merge: bf16 weights, too, take an adapter in. UserError where the checkpoint is missing,
+        broken or not covered."""
         folder = find_checkpoint(path)
         config = config_from_hf(read_json(os.path.join(folder, 'config.json')), folder)
         tensors = read_weights(folder)

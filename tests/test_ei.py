@@ -257,6 +257,19 @@ def test_a_finished_run_keeps_what_was_asked_for(coin, base, script, tmp_path):
         assert 'keep_states' in script(*command(name, coin, base, tmp_path / 'x', '--keep_states=-1'), code=2).stderr
 
 
+def test_a_full_disk_where_the_best_round_is_kept_is_one_line(coin, base, script, tmp_path, monkeypatch):
+    """The round itself is whole, and the run goes on from it."""
+    def full(source, target):
+        raise shutil.Error([(source, target, '[Errno 28] No space left on device')])
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, 'copytree', full)
+        done = script(*command('ei', coin, base, tmp_path / 'run'), code=2)
+    assert 'best: not written' in done.stderr and done.stderr.strip().count('\n') == 0
+    script(*command('ei', coin, base, tmp_path / 'run', '--init_from=resume'))
+    for name in os.listdir(tmp_path / 'run' / 'round1'):
+        assert (tmp_path / 'run' / 'best' / name).read_bytes() == (tmp_path / 'run' / 'round1' / name).read_bytes()
+
+
 def test_the_newest_states_are_kept(bpe, tmp_path):
     model = Transformer(tiny_config(bpe.vocab_size))
     optimizer, checkpoints = make_optimizer(model, 1e-2, 0.1), Checkpoints(str(tmp_path))

@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import torch._dynamo
 import transformers
 from conftest import GPT2, ROOT, loud, real_data, run_script, tiny_config
 from safetensors.torch import load_file, save_file
@@ -425,6 +426,8 @@ def test_padding_is_not_computed_and_does_not_matter(changes, again):
 @pytest.mark.slow
 def test_a_compiled_trunk_is_not_compiled_again():
     """Three micro-batches of a PPO iteration, one of them without padding, make all the graphs there are; others only vary in sizes."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model, rng = loud(Transformer(tiny_config(V))), random.Random(0)
     trunk = torch.compile(model.trunk, dynamic=True, backend='eager')
     batches = [[30, 20, 7], [11, 12], [16, 16]] + [[rng.randint(1, 60) for _ in range(rng.randint(2, 9))] for _ in range(20)] + [[40, 40, 40]]
@@ -432,6 +435,7 @@ def test_a_compiled_trunk_is_not_compiled_again():
         ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
         with torch.compiler.set_stance('default' if i < 3 else 'fail_on_recompile'):
             trunk(ids, cells=real_cells(lengths, max(lengths), 'cpu')).sum().backward()
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] > 0
 
 
 def test_fast_matmul_is_true_fp32():
