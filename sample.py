@@ -1,297 +1,220 @@
 """
-Text to token ids and back, and the batched sampler.
+Text to token ids and back, batches of token sequences and their log-probs, and the sampler.
 
-A prompt is prefilled once, and its keys and values are read once a step for all of its samples. Samples that started together, a
-cohort, are equally long at every step, which spares padding and masks; those that ended leave, and as rows become free the next
-cohort starts, so that the batch stays full to the end. Every row draws from a random stream of its own, a hash of (seed, prompt,
-number of the sample): its tokens depend neither on its batch-mates nor on the order of the work, so that an exploration
-that was stopped half-way, or spread over machines, gives the same samples as one that was not.
+A prompt is prefilled once, and its keys and values are read once a step for all of its samples. Samples that
+start together, a cohort, stay equally long and need no padding; finished ones leave, and the next cohort
+starts in the free rows. Every sample draws from its own random stream, a hash of (seed, prompt, number of the
+sample), so a resumed exploration, or one spread over machines, gives the same samples.
 
-$ python sample.py --init_from=out/demo_sft --start="Tom has 3 apples. He buys 4 more. How many apples does he have?"
+$ python sample.py --init_from=out/demo_sft --start="Tom has 3 apples. He buys 4 more. How many has he?"
 $ python sample.py --init_from=HuggingFaceTB/SmolLM2-135M --raw --start="Once upon a time" --k=3
 """
-import base64
+import copy
 import hashlib
+import itertools
 import json
 import math
 import os
 import random
 import sys
-from collections import Counter, deque
-from contextlib import suppress
-from functools import cached_property
+from collections import Counter
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import tiktoken
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError, bar, override, read_run
-from model import (KVCache, Transformer, autocast, cache_bytes, download, enough_memory, find_checkpoint, first_line, from_all, rank,
-                   read_json, setup, size_text, world_size)
+import data
+from config import UserError, override
+from config.run import (bar, enough_memory, first_line, from_all, rank, read_json, read_run, setup,
+                        sum_over_processes, world_size)
+from model import LoRALinear, Transformer, attend, autocast, download, find_checkpoint
 
 # -----------------------------------------------------------------------------
 # settings, for running this file as a script
 init_from = ''        # a checkpoint: a run's folder, a Hugging Face folder or a hub name
-start = ''            # the question (or with --raw the text to continue); empty: read from the terminal, one a line
-raw = False           # feed `start` as it is, without "Question: ... Answer:" around it
-k = 1                 # samples of each prompt
-max_new_tokens = 256  # budget of every sample, or what the model's context leaves
-temperature = 0.7     # 0: greedy
-top_k = 0             # draw among the k likeliest tokens only; 0: all
+start = ''            # the question (with --raw the text to continue); '': read from stdin, one a line
+raw = False           # without "Question: ... Answer:" around it
+k = 1                 # samples of each prompt (at least 1)
+max_new_tokens = 256  # of a sample, or what the context leaves (at least 1)
+temperature = 0.7     # 0: greedy (at least 0)
+top_k = 0             # draw among the k likeliest tokens; 0: all (at least 0)
 top_p = 1.0           # draw among the likeliest tokens that hold this share of the mass; 1: all
 stop = ()             # strings that end a sample, e.g. --stop='["\n\n"]'
 seed = 0
-condition = 'good'    # what a return-conditioned policy (rcrl.py) is told before its lines: 'good', 'bad' or 'none'
-device = 'auto'       # 'auto', 'cpu', 'cuda', 'mps'
-dtype = 'auto'        # of the matrix products: 'auto', 'float32', 'bfloat16'
+condition = 'good'    # 'good' | 'bad' | 'none': what a policy of rcrl.py is told before its lines
+device = 'auto'       # 'auto' | 'cpu' | 'cuda' | 'mps'
+dtype = 'auto'        # 'auto' | 'float32' | 'bfloat16': of the matrix products
 # -----------------------------------------------------------------------------
+# tokenizers
 
-
-# -----------------------------------------------------------------------------
-# tokenizers: encode(text) -> ids, decode(ids) -> text, bos (list of ids), eos (the id that training appends),
-# ends (list of ids, each of which ends a sample), vocab_size (the largest id + 1), save(folder)
-
-LABELS = ('[GOOD]', '[BAD]')
-
+LABELS, EOS = ['[GOOD]', '[BAD]'], '<|endoftext|>'
+# Digits one by one, words with the space before them, runs of signs: '<<12+3=15>>' is << 1 2 + 3 = 1 5 >>.
+PATTERN = r"""\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"""
+# GPT-2's printable character of each byte: itself where it can be seen, else the next one from 256 on.
+HIDDEN = [*range(33), *range(127, 161), 173]
+CHAR_OF_BYTE = [chr(256 + HIDDEN.index(b)) if b in HIDDEN else chr(b) for b in range(256)]
 
 class Labels(NamedTuple):
-    """What a return-conditioned policy (rcrl.py) is told before a line of its solution. A label is read, and never drawn."""
+    """What a policy of rcrl.py is told before a line of its solution. Labels are never drawn."""
     good: list        # ids of [GOOD]
     bad: list         # ids of [BAD]
-    granularity: str  # 'step': a label before every line; 'solution': one before the first
-    new: bool         # two ids of their own, from vocab_size on; or the ids of the plain text
+    granularity: str  # 'step': before every line; 'solution': before the first
+    new: bool         # the two ids from vocab_size on; or those of the plain text
 
+class Tokenizer:
+    """A fast tokenizer of transformers. bos: ids before a text; eos: the id that training appends; ends: ids
+    that end a sample; vocab_size: the largest id that is drawn, + 1."""
+    labels = None  # of a policy of rcrl.py
 
-class PromptEncoding:
-    """What both kinds of tokenizer do alike."""
-    labels = None  # Labels, for a return-conditioned policy
+    def __init__(self, hf, ends=()):
+        """ends: the model's end tokens, of which the first serves where the tokenizer has none."""
+        if hf.eos_token_id is None and ends:
+            hf.eos_token = hf.convert_ids_to_tokens(ends[0])
+        if hf.eos_token_id is None:
+            raise ValueError('it has no end-of-text token')
+        self.hf, self.eos, self.ends = hf, hf.eos_token_id, [hf.eos_token_id]
+        self.vocab_size = max(hf.get_vocab().values()) + 1  # ids may have holes
+        whole, text = hf('a')['input_ids'], self.encode('a')
+        # <s> for Llama. hf(...) also turns off a truncation that its file may ask for.
+        self.bos = next((whole[:i] for i in range(len(whole)) if whole[i:i + len(text)] == text), [])
 
-    def add_labels(self, granularity, new):
-        good, bad = ([self.vocab_size], [self.vocab_size + 1]) if new else map(self.encode, LABELS)
-        self.labels = Labels(good, bad, granularity, new)
+    def encode(self, text):
+        """Special tokens that a text spells are text."""
+        self.hf.backend_tokenizer.encode_special_tokens = True
+        return self.hf.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
-    def save_labels(self, folder):
-        if self.labels:
-            with open(os.path.join(folder, 'labels.json'), 'w') as f:
-                json.dump(self.labels._asdict(), f)
+    def decode(self, ids):
+        """Leaves out special tokens."""
+        ids = [i for i in ids if i not in self.ends]
+        return self.hf.backend_tokenizer.decode(ids, skip_special_tokens=True)
 
     def encode_prompt(self, text):
         return self.bos + self.encode(text)
 
+    def encode_pair(self, prompt, completion):
+        """(prompt ids, completion ids), encoded as one text if a token ends at the border: on its own a text
+        may begin otherwise (in sentencepiece with a space)."""
+        whole, head = self.encode_prompt(prompt + completion), self.encode_prompt(prompt)
+        return head, whole[len(head):] if whole[:len(head)] == head else self.encode(completion)
+
     @cached_property
     def newline_ids(self):
-        """The tokens whose text holds a line break."""
+        """The tokens that hold a line break."""
         return frozenset(i for i in range(self.vocab_size) if '\n' in self.decode([i]))
 
-    def encode_pair(self, prompt, completion):
-        """(prompt ids, completion ids). The completion is what follows the prompt in the whole text's encoding, since the
-        first token of a text on its own may differ (sentencepiece puts a space before it); on its own if the border falls
-        within a token."""
-        whole, head = self.encode_prompt(prompt + completion), self.encode_prompt(prompt)
-        if whole[:len(head)] == head:
-            return head, whole[len(head):]
-        return head, self.encode(completion)
-
-
-class BPETokenizer(PromptEncoding):
-    """A byte-level BPE held in a tiktoken.Encoding; its only special token is the end of text."""
-
-    def __init__(self, encoding):
-        self.encoding = encoding
-        self.bos, self.eos, self.ends = [], encoding.eot_token, [encoding.eot_token]
-        self.vocab_size = encoding.n_vocab
-
-    def encode(self, text):
-        return self.encoding.encode_ordinary(text)
-
-    def decode(self, ids):
-        ids = [i for i in ids if i < self.eos and i not in self.ends]  # ids above EOS pad the embedding
-        return self.encoding.decode(ids)
-
-    def save(self, folder):
-        """bpe.json, from which we load, and the files from which AutoTokenizer makes the same ids."""
-        ranks = self.encoding._mergeable_ranks
-        tokens = sorted(ranks, key=ranks.get)
-        with open(os.path.join(folder, 'bpe.json'), 'w') as f:
-            json.dump({'pattern': self.encoding._pat_str, 'tokens': [base64.b64encode(t).decode() for t in tokens]}, f)
-
-        # Hugging Face writes bytes as printable characters and lists merges as pairs; tiktoken merges any two neighbours
-        # whose concatenation is a token, so that every such pair is a merge, in the order of the tokens.
-        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
-        text = {t: ''.join(BYTE_TO_CHAR[b] for b in t) for t in tokens}
-        merges = []
-        for token in tokens:
-            pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-            merges += [(text[a], text[b]) for a, b in sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))]
-        hf = Tokenizer(models.BPE(vocab={text[t]: ranks[t] for t in tokens}, merges=merges))
-        hf.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(self.encoding._pat_str), 'isolated'),
-                                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        hf.decoder = decoders.ByteLevel()
-        hf = PreTrainedTokenizerFast(tokenizer_object=hf, eos_token=EOS, clean_up_tokenization_spaces=False)
-        if self.labels and self.labels.new:
-            hf.add_tokens(list(LABELS), special_tokens=True)  # the next two ids
-        hf.save_pretrained(folder)
-        self.save_labels(folder)
-
-
-class HFTokenizer(PromptEncoding):
-    """Any fast tokenizer that AutoTokenizer loads."""
-
-    def __init__(self, hf, name, ends=()):
-        """ends: the model's end tokens, the first of which serves where the tokenizer has none."""
-        if hf.eos_token_id is None and ends:
-            hf.eos_token = hf.convert_ids_to_tokens(ends[0])
-        if hf.eos_token_id is None:
-            raise UserError(f'{name}: the tokenizer has no end-of-text token')
-        self.hf, self.eos, self.ends = hf, hf.eos_token_id, [hf.eos_token_id]
-        self.vocab_size = max(hf.get_vocab().values()) + 1  # more than there are tokens, if ids are left out
-        text, whole = self.encode('a'), hf('a')['input_ids']
-        start = next((i for i in range(len(whole)) if whole[i:i + len(text)] == text), 0)
-        self.bos = whole[:start]  # <s> for Llama
-
-    def encode(self, text):
-        """Text that spells a special token is text: no question holds an end token."""
-        return self.hf(text, add_special_tokens=False, split_special_tokens=True)['input_ids']
-
-    def decode(self, ids):
-        ids = [i for i in ids if i not in self.ends]
-        return self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
     def add_labels(self, granularity, new):
-        super().add_labels(granularity, new)
-        if new:
-            self.hf.add_tokens(list(LABELS), special_tokens=True)
-            if self.hf.convert_tokens_to_ids(list(LABELS)) != self.labels.good + self.labels.bad:
-                raise UserError(f"this tokenizer gives {' and '.join(LABELS)} other ids than its next two; take label_tokens = 'text'")
+        if new and self.vocab_size != len(self.hf):
+            raise UserError("[GOOD] and [BAD] can't be this tokenizer's next ids: set label_tokens = 'text'")
+        good, bad = ([self.vocab_size], [self.vocab_size + 1]) if new else map(self.encode, LABELS)
+        self.labels = Labels(good, bad, granularity, new)
 
     def save(self, folder):
-        self.hf.save_pretrained(folder)
-        self.save_labels(folder)
-
-
-EOS = '<|endoftext|>'
-# Digits one by one, words with the space before them, runs of signs, white space: '<<12+3=15>>' is << 1 2 + 3 = 1 5 >>.
-PATTERN = r"""\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"""
-# GPT-2's printable character for each byte: itself where it can be seen, else the next one from 256 on.
-VISIBLE = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]
-BYTE_TO_CHAR = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(VISIBLE)))}
-CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
-
+        """For AutoTokenizer, and labels.json."""
+        hf = copy.deepcopy(self.hf)
+        if self.labels:
+            hf.add_tokens(LABELS if self.labels.new else [], special_tokens=True)
+            with open(os.path.join(folder, 'labels.json'), 'w') as f:
+                json.dump(self.labels._asdict(), f)
+        hf.save_pretrained(folder)
 
 def bpe_tokenizer(tokens, pattern=PATTERN):
-    """A BPETokenizer from its tokens (bytes), in the order in which they merge."""
-    return BPETokenizer(tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks={t: i for i, t in enumerate(tokens)},
-                                          special_tokens={EOS: len(tokens)}))
-
+    """A byte-level BPE. tokens: bytes. Neighbours that form a token merge, earlier tokens first."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers, Tokenizer as Pipeline
+    from transformers import PreTrainedTokenizerFast  # here, as it takes seconds
+    vocab = {''.join(CHAR_OF_BYTE[b] for b in token): i for i, token in enumerate(tokens)}
+    merges = [(t[:i], t[i:]) for t in vocab for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
+    merges.sort(key=lambda pair: (vocab[pair[0] + pair[1]], vocab[pair[0]], vocab[pair[1]]))
+    bpe = Pipeline(models.BPE(vocab=vocab, merges=merges))
+    split = pre_tokenizers.Split(Regex(pattern), 'isolated')
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence([split, to_bytes]), decoders.ByteLevel()
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS,
+                                             clean_up_tokenization_spaces=False))
 
 def learn_bpe(texts, n_merges):
-    """A byte-level BPE of at most n_merges merges (fewer if the texts have no more pairs) learned from texts."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERN), 'isolated'),
-                                                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    """A byte-level BPE of at most n_merges merges."""
+    from tokenizers import trainers
+    every_byte = [bytes([b]) for b in range(256)]
+    learner = bpe_tokenizer(every_byte).hf.backend_tokenizer
     trainer = trainers.BpeTrainer(vocab_size=256 + n_merges, show_progress=False, min_frequency=2,
-                                  initial_alphabet=sorted(BYTE_TO_CHAR.values()))
+                                  initial_alphabet=sorted(CHAR_OF_BYTE))
     learner.train_from_iterator(texts, trainer)
-    vocab = learner.get_vocab()
-    learned = [bytes(CHAR_TO_BYTE[char] for char in token) for token in sorted(vocab, key=vocab.get)]
-    return bpe_tokenizer([bytes([b]) for b in range(256)] + [t for t in learned if len(t) > 1])
-
+    vocab = learner.get_vocab(with_added_tokens=False)
+    learned = [bytes(map(CHAR_OF_BYTE.index, t)) for t in sorted(vocab, key=vocab.get) if len(t) > 1]
+    return bpe_tokenizer(every_byte + learned)
 
 def load_tokenizer(path, conditioned=True):
-    """The tokenizer of a checkpoint, a run's folder or a tokenizer's folder; 'gpt2' for tiktoken's; else a hub name. UserError
-    if there is none, and unless `conditioned` for that of a return-conditioned policy, which most training cannot start from."""
-    for folder in [os.path.join(path, name) for name in ('best', 'best.old', 'last', 'last.old')] + [path]:
-        if any(os.path.exists(os.path.join(folder, name)) for name in ('bpe.json', 'tokenizer_config.json')):
+    """The tokenizer of a checkpoint, run, folder or hub name; 'gpt2' is tiktoken's. UserError if there is
+    none, or if it has the labels of rcrl.py and conditioned is False."""
+    for folder in [os.path.join(path, name) for name in ('best', 'best.old', 'last', 'last.old', '')]:
+        if os.path.exists(os.path.join(folder, 'tokenizer_config.json')):
             break
     else:
         if read_run(path):
             raise UserError(f'{path}: the run has no checkpoint yet')
         folder = path if os.path.isdir(path) or path == 'gpt2' else download(path)
-    labels = os.path.join(folder, 'labels.json')
-    labels = Labels(**read_json(labels)) if os.path.exists(labels) else None
+    files = [os.path.join(folder, f'{name}.json') for name in ('labels', 'generation_config', 'config')]
+    labels, generation, config = (read_json(file) if os.path.exists(file) else {} for file in files)
     if labels and not conditioned:
-        raise UserError(f'{path} is a return-conditioned policy (rcrl.py): eval.py and sample.py know what to tell it, this script does not')
-    files = [os.path.join(folder, name) for name in ('generation_config.json', 'config.json')]
-    generation, config = (read_json(file) if os.path.exists(file) else {} for file in files)
-    ends = []
-    for ids in (generation.get('eos_token_id'), config.get('eos_token_id')):
-        ends += ids if isinstance(ids, list) else [] if ids is None else [ids]
+        raise UserError(f'{path} is a return-conditioned policy (rcrl.py), for eval.py and sample.py only')
+    named = [file.get('eos_token_id') for file in (generation, config)]  # each a list, a number or nothing
+    ends = [i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
     try:
-        if os.path.exists(os.path.join(folder, 'bpe.json')):
-            saved = read_json(os.path.join(folder, 'bpe.json'))
-            tokenizer = bpe_tokenizer([base64.b64decode(t) for t in saved['tokens']], saved['pattern'])
-        elif folder == 'gpt2' and not os.path.isdir(folder):
-            tokenizer = BPETokenizer(tiktoken.get_encoding('gpt2'))  # from tiktoken's cache, or downloaded
+        if folder == 'gpt2' and not os.path.isdir(folder):  # from tiktoken's cache or downloaded
+            encoding = tiktoken.get_encoding('gpt2')
+            ranks = encoding._mergeable_ranks
+            tok = bpe_tokenizer(sorted(ranks, key=ranks.get), encoding._pat_str)
         else:
-            from transformers import AutoTokenizer  # seconds to import, so only when it is needed
-            tokenizer = HFTokenizer(AutoTokenizer.from_pretrained(folder), path, ends)
-    except UserError:
-        raise
-    except Exception as error:  # offline, no such name, a broken file: many types, all of them the user's to mend
-        reason = str(error).strip().split('\n')[0]
-        raise UserError(f'{path}: no tokenizer could be loaded ({type(error).__name__}: {reason})') from None
-    rows = config.get('vocab_size', tokenizer.vocab_size)
-    text_ids = tokenizer.hf.vocab_size if isinstance(tokenizer, HFTokenizer) else tokenizer.eos
-    if tokenizer.eos >= rows:
-        raise UserError(f'{path}: the end token {tokenizer.eos} is outside of the embedding of {rows} rows: '
-                        'no sample would ever end')
-    if max(tokenizer.bos, default=0) >= rows:
-        raise UserError(f'{path}: the begin token {max(tokenizer.bos)} is outside of the embedding of {rows} rows')
-    if text_ids > rows:
-        raise UserError(f'{path}: the tokenizer has {text_ids} tokens, the embedding {rows} rows')
-    # Ids outside of the embedding are never drawn: an end token that is a config's default, padding that was added.
-    tokenizer.ends = sorted({tokenizer.eos} | {i for i in ends if 0 <= i < rows})
-    tokenizer.vocab_size = min(tokenizer.vocab_size, rows)
-    if labels:
-        tokenizer.labels = labels
-        tokenizer.vocab_size = labels.good[0] if labels.new else tokenizer.vocab_size  # what is drawn ends where labels begin
-    return tokenizer
-
+            from transformers import AutoTokenizer
+            tok = Tokenizer(AutoTokenizer.from_pretrained(folder), ends)
+    except Exception as error:  # of many types: offline, no such name, a broken file
+        raise UserError(f'{path}: no tokenizer could be loaded ({first_line(error)})') from None
+    n_rows = config.get('vocab_size', tok.vocab_size)
+    largest = max(tok.hf.vocab_size - 1, tok.eos, *tok.bos)
+    if largest >= n_rows:
+        raise UserError(f'{path}: token {largest} of the tokenizer is outside the embedding of {n_rows} rows')
+    # Ids outside of the embedding, as a config's default end token may be, are never drawn.
+    tok.ends = sorted({tok.eos} | {i for i in ends if 0 <= i < n_rows})
+    tok.labels = Labels(**labels) if labels else None
+    tok.vocab_size = tok.labels.good[0] if labels and tok.labels.new else min(tok.vocab_size, n_rows)
+    return tok
 
 def check_same_tokenizer(a, b, whose):
-    """UserError, naming `whose` tokenizers they are, if they make different ids."""
-    probe = 'Question: Tom has 3.5 apples, Ann 1,200. Why?\nAnswer: 3.5+1200=<<3.5+1200=1203.5>>1203.5 apples.\n#### 1203.5'
+    """UserError if they make different ids. whose: for the message, the two that they belong to."""
+    probe = 'Question: Tom has 3.5 apples, Ann 1,200. Why?\nAnswer: 3.5+1200=<<3.5+1200=1203.5>>\n#### 1203.5'
     if (a.encode_prompt(probe), a.eos, a.vocab_size) != (b.encode_prompt(probe), b.eos, b.vocab_size):
-        raise UserError(f'{whose} have different tokenizers: the same ids would mean other texts')
+        raise UserError(f'{whose} have different tokenizers')
 
 
 # -----------------------------------------------------------------------------
-# random numbers and log-probabilities
+# random numbers, log-probabilities and the draw
 
 def random_stream(seed, prompt_ids, number):
-    """The state (int64) of the random stream of a prompt's number-th sample."""
+    """The state (int64) of the random stream of a prompt's sample of this number."""
     digest = hashlib.blake2b(f'{seed}:{number}:{prompt_ids}'.encode(), digest_size=8).digest()
     return int.from_bytes(digest, 'little', signed=True)
 
-
 def uniform(stream, step):
-    """One number in (0, 1) a row: SplitMix64 (Steele, Lea and Flood 2014) at position `step` of each stream.
-
-    stream: (R,) int64; step: a number, or int64 of one element. Returns (R,) fp32. int64 products wrap around in torch, as the algorithm
-    wants; its shifts are arithmetic, so that the copies of the sign bit have to be masked away."""
+    """SplitMix64 (Steele, Lea and Flood 2014): numbers in (0, 1) at position step (an int or int64 (1,)) of
+    streams (R,). int64 wraps around; sign bits that arithmetic shifts bring are masked."""
     x = stream + (torch.as_tensor(step, device=stream.device) + 1) * -7046029254386353131
     x = (x ^ ((x >> 30) & (1 << 34) - 1)) * -4658895280553007687
     x = (x ^ ((x >> 27) & (1 << 37) - 1)) * -7723592293110705685
     x = x ^ ((x >> 31) & (1 << 33) - 1)
     return ((x >> 41) & (1 << 23) - 1).float() * 2 ** -23 + 2 ** -24
 
-
 def token_logprobs(logits, ids, temperature=1.0):
-    """log p(ids) under softmax(logits / temperature), as gather minus logsumexp: no (.., V) log-softmax is kept.
-
-    logits: (..., V) fp32. ids: (...). Returns (...) fp32. The one definition that sampler and trainers share."""
-    logits = logits if temperature == 1 else logits / temperature  # spares a copy of the largest tensor there is
+    """log softmax(logits / temperature) at ids: (..., V) fp32, (...) -> (...). No log-softmax is kept."""
+    logits = logits if temperature == 1 else logits / temperature  # a copy of a large tensor
     return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
-
-def action_logprobs(model, hidden, ids, temperature=1.0, with_entropy=False, chunk=1024, kept=2 ** 27):
-    """Log-probs of ids (N,) predicted from hidden (N, C), and the entropies of the same distributions (None unless asked
-    for); each (N,) fp32. Where autograd would keep more than `kept` logits for backward (half a GiB), in chunks whose logits are
-    computed again in backward: (chunk, V) numbers live and never (N, V)."""
+def action_logprobs(model, hidden, ids, temperature=1.0, with_entropy=False, kept=2 ** 27):
+    """Log-probs of ids (N,) predicted from hidden (N, C), and entropies or None: (N,) fp32. At most `kept`
+    logits (half a GiB) live at a time: backward computes them again."""
     def part(hidden, ids):
         logits = model.logits(hidden)
         logprobs = token_logprobs(logits, ids, temperature)
@@ -300,518 +223,549 @@ def action_logprobs(model, hidden, ids, temperature=1.0, with_entropy=False, chu
         logp = (logits / temperature).log_softmax(-1)
         return logprobs, -(logp.exp() * logp).sum(-1)
 
-    again = torch.is_grad_enabled() and len(ids) * model.config.vocab_size > kept
-    if torch.is_grad_enabled() and not again:
-        chunk = len(ids)  # at once: each chunk would add a gradient of its own to that of the output projection
-    parts = [checkpoint(part, h, i, use_reentrant=False) if again else part(h, i)
-             for h, i in zip(hidden.split(chunk), ids.split(chunk))]
-    return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts]) if with_entropy else None
-
-
-def least_kept(p, top_p, most=512):
-    """The probability (R, 1) down to which tokens stay in nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): the likeliest ones
-    that together hold at least top_p of the mass, and all that are as likely as the last of these. p: (R, V), not normalised. Nearly always few tokens do, so that the `most` likeliest
-    are looked at first, and only in rows where they do not suffice all are sorted. (On a GPU all at once: to ask it whether they
-    suffice would be to wait for it.)"""
-    V, mass = p.shape[-1], top_p * p.sum(-1, keepdim=True)
-    n = min(most, V) if p.device.type == 'cpu' else V
-    ordered = p.topk(n).values if n < V else p.sort(dim=-1, descending=True).values
-    likelier = ordered.cumsum(-1) - ordered  # the mass of the likelier tokens: the first one always stays
-    least = ordered.gather(-1, (likelier < mass).sum(-1, keepdim=True).clamp(min=1) - 1)
-    if n < V:
-        short = (ordered.sum(-1, keepdim=True) < mass)[:, 0].nonzero()[:, 0]
-        if len(short):
-            least[short] = least_kept(p[short], top_p, V)
-    return least
-
+    n = max(1, kept // model.config.vocab_size)
+    compute = part if len(ids) <= n else partial(checkpoint, part, use_reentrant=False)
+    logprobs, entropies = zip(*map(compute, hidden.split(n), ids.split(n)))
+    return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
 
 def draw(logits, u, temperature, top_k=0, top_p=1.0, vocab_size=None):
-    """Next tokens (R,) from logits (R, V), by the inverse of the cumulative distribution at u (R,), or the likeliest if temperature
-    is 0; and their log-probs (R,), as token_logprobs gives them (greedy: at temperature 1), whatever top_k and top_p leave out. Ids
-    from vocab_size on, which pad the embedding, are never drawn."""
-    R, V = logits.shape
+    """Next tokens (R,) from logits (R, V) by the inverse cumulative distribution at u (R,), at temperature 0
+    the likeliest; and their log-probs (R,), before top_k and top_p (greedy: at temperature 1). Ids from
+    vocab_size on are never drawn."""
+    n_real = vocab_size or logits.shape[-1]
     x = logits if temperature in (0, 1) else logits / temperature
-    real = V if vocab_size is None else vocab_size
-    top = x[:, :real].max(-1, keepdim=True).values
-    p = (x - top).exp_()
-    p[:, real:].zero_()
+    top = x[:, :n_real].max(-1, keepdim=True).values
+    p = (x[:, :n_real] - top).exp_()
     log_total = p.sum(-1).log_() + top[:, 0]
-    if real < V:
-        log_total = torch.logaddexp(log_total, x[:, real:].logsumexp(-1))
+    if n_real < x.shape[-1]:
+        log_total = torch.logaddexp(log_total, x[:, n_real:].logsumexp(-1))
+    if top_k:
+        p = p * (p >= p.topk(min(top_k, n_real)).values[:, -1:])
+    if top_p < 1:  # nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751)
+        ordered = p.sort(descending=True).values
+        likelier = ordered.cumsum(-1) - ordered  # the mass of the likelier tokens
+        n_kept = (likelier < top_p * p.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+        p = p * (p >= ordered.gather(-1, n_kept - 1))
     if temperature == 0:
         token = p.argmax(-1)
-        return token, x.gather(-1, token[:, None])[:, 0] - log_total
-    if top_k:
-        p = p * (p >= p.topk(min(top_k, V)).values[:, -1:])
-    if top_p < 1:
-        p = p * (p >= least_kept(p, top_p))
-
-    def below(cdf, target):  # strictly below the total, so that what is found is a place at which the sum still grows
-        total = cdf[:, -1:]
-        target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[-1] - 1), target
-
-    # In two steps, a block of 64 tokens and a token of the block: a running sum over the whole vocabulary takes three times as long.
-    blocks = F.pad(p, (0, -V % 64)).view(R, -1, 64)
-    cdf = blocks.sum(-1).cumsum(-1)
-    block, target = below(cdf, u[:, None] * cdf[:, -1:])
-    before = F.pad(cdf, (1, 0)).gather(-1, block)
-    inside, _ = below(blocks[torch.arange(R, device=p.device), block[:, 0]].cumsum(-1), target - before)
-    token = (block * 64 + inside)[:, 0].clamp(max=real - 1)
+    else:
+        cdf = p.cumsum(-1)
+        total = cdf[:, -1:]  # strictly below it the sum still grows at the place found
+        below = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+        token = torch.searchsorted(cdf, below, right=True)[:, 0]
     return token, x.gather(-1, token[:, None])[:, 0] - log_total
 
 
 # -----------------------------------------------------------------------------
-# token sequences in batches
+# batches of token sequences
 
 class Example(NamedTuple):
-    """A token sequence of which the ids from n_prompt on are learned, but for those at the positions `unlearned` (from n_prompt
-    on). n_prompt is at least 1: nothing predicts the first."""
+    """A token sequence for a loss. labels: a float for each id from n_prompt (at least 1) on, nan where
+    nothing is learned; None: 1.0 for all."""
     ids: list
     n_prompt: int
-    unlearned: tuple = ()
+    labels: list | None = None
 
+def n_learned(examples):
+    return sum(len(e.ids) - e.n_prompt - sum(map(math.isnan, e.labels or ())) for e in examples)
+
+def padded_length(examples, most):
+    """The T of collate. T - 1 is a multiple of 8 where T < most: a CPU's kernels are made for each shape."""
+    longest = max(len(e.ids) for e in examples)
+    return max(longest, min(round_up(longest - 1, 8) + 1, most))
+
+def collate(examples, device, most):
+    """-> ids (B, T), padded with 0 on the right, and labels (B, T) fp32, nan where nothing is learned."""
+    T = padded_length(examples, most)
+    ids, labels = torch.zeros(len(examples), T, dtype=torch.long), torch.full((len(examples), T), math.nan)
+    for row, e in enumerate(examples):
+        ids[row, :len(e.ids)] = torch.tensor(e.ids)
+        labels[row, e.n_prompt:len(e.ids)] = 1.0 if e.labels is None else torch.tensor(e.labels)
+    return ids.to(device), labels.to(device)
+
+def round_up(n, multiple):
+    return -(-n // multiple) * multiple
 
 def micro_batches(rows, max_tokens, length=lambda e: len(e.ids)):
-    """Cuts an update's rows (examples, or whatever `length` gives a length of) into lists of similar length, the longest first,
-    with rows * longest <= max_tokens (one row at the least)."""
-    micros, ordered = [], sorted(rows, key=lambda row: -length(row))
-    while ordered:
-        n = max(1, max_tokens // length(ordered[0]))
-        micros.append(ordered[:n])
-        ordered = ordered[n:]
+    """Cuts rows (examples, or what `length` measures) into lists, the longest first, of at most max_tokens
+    with padding, or one row; where they are large, of similar length."""
+    micros, longest, padded = [], 0, 0
+    for row in sorted(rows, key=length, reverse=True):
+        if not micros or padded + longest > max_tokens or length(row) < 0.85 * longest and padded >= 1024:
+            micros.append([])
+            longest, padded = length(row), 0
+        micros[-1].append(row)
+        padded += longest
+    if len(micros) > 1 and len(micros[-1]) == 1:  # for which torch.compile would make another graph
+        single, before = micros[-1], micros[-2]
+        if (len(before) + 1) * length(before[0]) <= max_tokens:
+            micros[-2:] = [before + single]
     return micros
 
-
 def my_micro_batches(rows, max_tokens, length=lambda e: len(e.ids)):
-    """This process's share of an update's micro-batches: [(rows, weight)]. All processes have equally many, since FSDP gathers weights
-    in each: where there are too few, one is computed again with weight 0."""
-    if world_size() == 1:
-        return [(micro, 1.0) for micro in micro_batches(rows, max_tokens, length)]
-    ordered = sorted(rows, key=lambda row: -length(row))  # dealt by length, so that each gets as much to do
+    """This process's share of an update's micro-batches: [(rows, weight)]. All get equally many, since FSDP
+    gathers weights in each; a missing one has weight 0."""
+    ordered = sorted(rows, key=length, reverse=True)  # dealt by length, so that each gets as much to do
     shares = [micro_batches(ordered[r::world_size()], max_tokens, length) for r in range(world_size())]
     mine, most = shares[rank()], max(map(len, shares))
     return [(micro, 1.0) for micro in mine] + [(ordered[-1:], 0.0)] * (most - len(mine))
 
-
-def padded_length(examples, most):
-    """The T to which collate pads."""
-    longest = max(len(e.ids) for e in examples)
-    return max(longest, min(math.ceil((longest - 1) / 8) * 8 + 1, most))
-
-
-def collate(examples, device, most):
-    """-> ids (B, T), padded with 0 on the right, and learned (B, T) bool, True from n_prompt to a row's end: by position, since
-    an id says nothing about padding. Causal attention keeps what stands on the right from the real tokens.
-
-    T - 1 is a multiple of 8 where it can, up to T = most: a CPU's matrix kernels are made anew for each shape, and with fewer
-    shapes the demo's SFT ran 13% faster. (- 1: the last token is only predicted.)"""
-    longest = padded_length(examples, most)
-    ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    learned = torch.zeros(len(examples), longest, dtype=torch.bool)
-    for row, e in enumerate(examples):
-        ids[row, :len(e.ids)] = torch.tensor(e.ids)
-        learned[row, e.n_prompt:len(e.ids)] = True
-        if e.unlearned:
-            learned[row, list(e.unlearned)] = False
-    return ids.to(device), learned.to(device)
-
-
-def n_computed(n, n_cells):
-    """How many of a padded table's n_cells are computed for its n tokens: up to a sixteenth more, in steps of a power of two. A
-    CPU's matrix kernels are made anew for each shape, and the demo's SFT is 3% faster with few of them than with each n as it is."""
-    step = 2 ** max(0, n.bit_length() - 5)
-    return min(-(-n // step) * step, n_cells)
-
-
-def real_cells(lengths, T, device):
-    """What Transformer.trunk has to compute of a padded (B, T) table: the numbers of its cells that hold tokens, the first lengths[b]
-    of row b, ascending, with some padding (see n_computed). None if that is the whole table."""
-    real = (torch.arange(T) < torch.tensor(lengths)[:, None]).flatten()
-    n = max(1, sum(lengths))
-    padding = (~real).nonzero().squeeze(-1)
-    real[padding[:n_computed(n, len(real)) - n]] = True
-    return None if real.all() else real.nonzero().squeeze(-1).to(device)
-
-
 def epoch_order(examples, batch_size, seed, epoch):
-    """The numbers of the examples in the order of an epoch: a permutation by (seed, epoch), in which every window of eight
-    updates is sorted by length and its updates are shuffled, so that an update's examples are of similar length. (Windows of 32
-    halve the padding, but the demo's base model learned less at three seeds of three, at one so much less that nothing came of it.)
-    The first ones complete the update that the epochs before began; what is no whole update comes last."""
+    """Numbers of the examples: a permutation by (seed, epoch) that first completes the last epoch's update.
+    Each update has examples of similar length within a window of eight updates (wider ones learn less)."""
     rng = random.Random(f'{seed}:{epoch}')
     shuffled = rng.sample(range(len(examples)), len(examples))
     lead = -epoch * len(examples) % batch_size
     order, whole = shuffled[:lead], len(examples) - (len(examples) - lead) % batch_size
-    for start in range(lead, whole, 8 * batch_size):
-        window = sorted(shuffled[start:min(start + 8 * batch_size, whole)], key=lambda i: len(examples[i].ids))
+    for begin in range(lead, whole, 8 * batch_size):
+        window = shuffled[begin:min(begin + 8 * batch_size, whole)]
+        window.sort(key=lambda i: len(examples[i].ids))
         updates = [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
         rng.shuffle(updates)
-        order += [i for update in updates for i in update]
+        order += itertools.chain(*updates)
     return order + shuffled[max(whole, lead):]
+
+def response_logprobs(model, examples, temperature=1.0, *, critic=None, with_entropy=False, trunk=None):
+    """(log-probs, values, entropies) of the learned ids, (N,) fp32 each, row after row, or None where not
+    asked for. critic: the model itself, which shares the pass, or another. trunk: a compiled model.trunk.
+    Call it through model.run, within autocast."""
+    ids, labels = collate(examples, model.embed.weight.device, model.config.block_size + 1)
+    ids, targets, mask = ids[:, :-1], ids[:, 1:], ~labels[:, 1:].isnan()  # position t predicts id t + 1
+    hidden, values = (trunk or model.trunk)(ids)[mask], None              # (N, C)
+    logprobs, entropies = action_logprobs(model, hidden, targets[mask], temperature, with_entropy)
+    if critic is not None:
+        values = model.values(hidden) if critic is model else critic.run(values_at, ids, mask)
+    return logprobs, values, entropies
+
+def values_at(model, ids, mask):
+    """The scalar head's outputs (N,) where mask is True. ids, mask: (B, T)."""
+    return model.values(model.trunk(ids)[mask])
+
+@torch.no_grad()
+def response_tables(model, examples, temperature, dtype, max_tokens, *, critic=None, with_entropy=False):
+    """response_logprobs of many examples, learned from n_prompt on, shared by processes: (3, B, T), T the
+    longest response, 0 after a row's end and for None."""
+    n_ids, device = [len(e.ids) - e.n_prompt for e in examples], model.embed.weight.device
+    tables = torch.zeros(3, len(examples), max(n_ids), device=device)
+    for rows, weight in my_micro_batches(range(len(examples)), max_tokens, lambda i: len(examples[i].ids)):
+        with autocast(device, dtype):
+            found = model.run(response_logprobs, [examples[i] for i in rows], temperature, critic=critic,
+                              with_entropy=with_entropy)
+        for table, flat in zip(tables, found):
+            if flat is not None and weight:
+                for i, part in zip(rows, flat.split([n_ids[i] for i in rows])):
+                    table[i, :n_ids[i]] = part
+    return sum_over_processes(tables)  # a row was computed by one process, and is 0 in the others
+
+
+# -----------------------------------------------------------------------------
+# the key-value cache
+
+SLOTS = {'cpu': 32}      # by which a cache grows, elsewhere 256
+PREFILL = {'cpu': 2048}  # tokens read at a time, to stay in a CPU's own caches; elsewhere 16,384
+
+class KVCache:
+    """Keys and values of a cohort, for each layer. Two prompts with 3 rows and 2, before their third token:
+
+        prompts (2, n_kv_head, P, longest, head_dim)          own (2, n_kv_head, R, slots, head_dim)
+        How many legs have 3 cats and a man ?                 row 0  They have .  .
+                                                              row 1  3    *    .  .
+                                                              row 2  Cats have .  .
+        Tom has 3 apples .  .   .  .  .   .                   row 3  Tom  has  .  .
+                                                              row 4  He   has  .  .
+
+    A prompt is read once a step for all of its rows, whose queries are stacked for one matrix product. All
+    rows write to the same slot; padding is masked. `own` grows as it fills up, as a CPU is slow with slices
+    of a larger tensor; by more slots on a GPU, which then records a step again."""
+
+    def __init__(self, config, lengths, source, dtype):
+        """lengths: (P,) of the prompts. source: (R,) each row's prompt, ascending. trunk(ids, cache=cache)
+        reads the prompts of the slice `filling`; once that is None, a token of every row."""
+        KV, D, longest = config.n_kv_head, config.head_dim, round_up(int(lengths.max()), 16)
+        like, layers = dict(dtype=dtype, device=source.device), range(config.n_layer)
+        self.prompts = [torch.zeros(2, KV, len(lengths), longest, D, **like) for _ in layers]
+        self.own = [torch.zeros(2, KV, len(source), 0, D, **like) for _ in layers]
+        padding = torch.arange(longest, device=source.device) >= lengths[source][:, None]
+        self.mask = torch.where(padding, -torch.inf, 0.0)[:, None]
+        self.n_prompts, self.filling, self.n_used = len(lengths), slice(None), 0
+        self.slot = source.new_zeros(1)  # a tensor, which a recorded step can read
+        self.stack(source)
+
+    def stack(self, source):
+        """Where rows stand in a table (prompts, most rows of one), and which row in each cell."""
+        self.source, count = source, source.bincount(minlength=self.n_prompts)
+        first, most = count.cumsum(0) - count, int(count.max())
+        number = torch.arange(len(source), device=source.device)
+        self.cell_of_row = source * most + number - first[source]
+        row_of_cell = (first[:, None] + number[:most]).flatten()
+        self.row_of_cell = row_of_cell.clamp(max=len(source) - 1)  # in a gap any row: nobody reads the result
+
+    def next_token(self):
+        """Makes room for a token of every row."""
+        if self.n_used == self.own[0].shape[3]:
+            more = SLOTS.get(self.slot.device.type, 256)
+            for layer, table in enumerate(self.own):  # one after the other, which saves memory
+                self.own[layer] = F.pad(table, (0, 0, 0, more))
+            self.mask = F.pad(self.mask, (0, more), value=-torch.inf)
+        self.slot.fill_(self.n_used)
+        self.mask[:, :, self.n_used - self.own[0].shape[3]] = 0
+        self.n_used += 1
+
+    def select(self, rows):
+        """Keeps the given rows (ascending), and now and then only the prompts that have some."""
+        source, self.mask, kept = self.source[rows], self.mask[rows], [(self.own, rows)]
+        prompts, renumbered = source.unique(return_inverse=True)
+        if len(prompts) <= 0.7 * self.n_prompts:
+            kept.append((self.prompts, prompts))
+            self.n_prompts, source = len(prompts), renumbered
+        for tables, index in kept:
+            for layer, table in enumerate(tables):
+                tables[layer] = table.index_select(2, index)
+        self.stack(source)
+
+    def attend(self, layer, q, k, v):
+        """Adds keys and values (B, KV, T, D), attends to all: q (B, H, T, D) -> (B, H, T, D)."""
+        (prompt_k, prompt_v), (own_k, own_v) = self.prompts[layer], self.own[layer]
+        q, k, v = (x.to(own_k.dtype) for x in (q, k, v))  # adapters add in fp32
+        if self.filling is not None:
+            prompt_k[:, self.filling, :k.shape[2]] = k.transpose(0, 1)
+            prompt_v[:, self.filling, :k.shape[2]] = v.transpose(0, 1)
+            return attend(q, k, v)
+        (R, H, _, D), (KV, P, longest, _) = q.shape, prompt_k.shape
+        own_k[:, :, self.slot], own_v[:, :, self.slot] = k.transpose(0, 1), v.transpose(0, 1)
+
+        def by_prompt(x):  # (KV, R, G, N) -> (KV, P, most rows of a prompt * G, N)
+            return x.index_select(1, self.row_of_cell).view(KV, P, -1, x.shape[-1])
+
+        def by_row(x):  # and back
+            return x.view(KV, -1, H // KV, x.shape[-1]).index_select(1, self.cell_of_row)
+
+        q = (q * D ** -0.5).view(R, KV, H // KV, D).transpose(0, 1).contiguous()
+        scores = torch.cat((by_row(by_prompt(q) @ prompt_k.mT), q @ own_k.mT), -1)  # (KV, R, G, N)
+        p = scores.add_(self.mask).softmax(-1).to(v.dtype)
+        y = by_row(by_prompt(p[..., :longest]) @ prompt_v) + p[..., longest:] @ own_v
+        return y.transpose(0, 1).reshape(R, H, 1, D)
+
+class Together:
+    """Caches of several cohorts as one, so that they share linear layers."""
+
+    def __init__(self, caches):
+        self.caches, self.sizes = caches, [len(cache.source) for cache in caches]
+
+    def attend(self, layer, *qkv):
+        parts = zip(self.caches, *(x.split(self.sizes) for x in qkv))
+        return torch.cat([cache.attend(layer, *part) for cache, *part in parts])
 
 
 # -----------------------------------------------------------------------------
 # the sampler
 
 class Sample(NamedTuple):
-    """One completion. A sampled end token is its last id: an action like the others. With stop strings the ids go up to the token
-    that completed the string. finished: it ended by an end token or a stop string and not because the budget ran out. Labels that a
-    return-conditioned policy was told stand neither in prompt_ids nor in ids."""
+    """One completion, without labels."""
     prompt_ids: list
-    ids: list
-    logprobs: list  # of each id under the whole softmax at the sampling temperature (greedy: at 1), before top-k and top-p
-    finished: bool
-
+    ids: list       # the last is an end token, an action like the others, or completes a stop string
+    logprobs: list  # of each id under the whole softmax at the sampling temperature (greedy: at 1)
+    finished: bool  # ended so, not by its budget
 
 class Cohort:
-    """Samples that started together, and so are equally long at every step. rows: their names, (number of prompt, of sample);
-    row (R,): the numbers, within the cohort, of those that go on. A sample is done once it has as many tokens as its length says, which
-    is its budget until it ends; what it may draw beyond is not looked at."""
+    """Samples that started together and have drawn t tokens each. limit: the tokens after which a row is
+    done; what it draws then is ignored until it leaves."""
+    TENSORS = ('stream', 'n_before', 'ids', 'logprobs', 'limit', 'finished', 'to_read', 'told')
 
-    def __init__(self, sampler, rows, prompts, stream, budget, settings):
-        """Prefills the prompts (lists of ids; equal neighbours once) and draws every sample's first token."""
-        self.sampler, self.rows, self.t, self.settings = sampler, rows, 0, settings
-        model, device = sampler.model, sampler.device
-        # Equal neighbours are one prompt; but the cache has a table of prompts * the most samples of one, so that a prompt with
-        # many more samples than the others is taken as several.
-        most_samples = 2 * math.ceil(len(prompts) / sum(a != b for a, b in zip(prompts, [[]] + prompts)))
-        unique, source, n = [], [], 0  # source: row -> its prompt's number in unique
-        for p in prompts:
-            if not unique or p != unique[-1] or n == most_samples:
-                unique.append(p)
-                n = 0
-            source.append(len(unique) - 1)
-            n += 1
-        length = torch.tensor([len(p) for p in unique])
-        longest = int(length.max())
-        self.cache = KVCache(model.config, length, device, sampler.dtype)
-        # Padding stands on the right, where causal attention keeps it from the real tokens. Some prompts at a time: that bounds the
-        # memory of activations, and what stays in a CPU's caches is prefilled 3 times as fast.
-        ids = torch.tensor([p + [0] * (longest - len(p)) for p in unique], device=device)
-        last, step = [], max(1, PREFILL_TOKENS.get(device.type, 16384) // longest)
-        for i in range(0, len(unique), step):
-            self.cache.filling = slice(i, i + step)
-            hidden = model.trunk(ids[i:i + step], cache=self.cache)
-            last.append(hidden[torch.arange(len(hidden)), length[i:i + step] - 1])
-        source = torch.tensor(source, device=device)
-        self.cache.start(source)
-        self.stream, self.row = torch.tensor(stream, device=device), torch.arange(len(rows), device=device)
+    def __init__(self, sampler, rows, pick, stop):
+        """rows: [(place in the result, prompt, random stream, budget)]. pick(logits, u): as draw."""
+        self.sampler, self.rows, self.pick, self.stop = sampler, rows, pick, stop
+        _, prompts, streams, budgets = zip(*rows)
+        self.stream, self.limit = torch.tensor([streams, budgets], device=sampler.device)
+        self.t, self.step = 0, self.limit.new_zeros(1)  # the same, where kernels find it
+        self.ids = self.limit.new_zeros(len(rows), max(budgets))
+        self.logprobs, self.told = self.ids.float(), self.ids.bool()  # told: which ids are labels
+        self.to_read = torch.zeros_like(self.limit)                   # how many ids of a label are to come
+        self.finished = self.to_read.bool()
+        self.draw(self.prefill([prompt + sampler.label for prompt in prompts]))
 
-        R, self.most = len(rows), max(budget)
-        self.ids = torch.zeros(R, self.most, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(R, self.most, device=device)
-        self.length = torch.tensor(budget, device=device)
-        self.finished = torch.zeros(R, dtype=torch.bool, device=device)
-        # A return-conditioned policy reads its label again after every line break: for as many steps as the label has ids, they
-        # take the place of what the row draws, while the others go on.
-        labels = sampler.tokenizer.labels
-        self.label = torch.tensor(sampler.label if labels and labels.granularity == 'step' else [], dtype=torch.long, device=device)
-        self.to_read = torch.zeros(R, dtype=torch.long, device=device)  # ids of the label that a row has still to read
-        self.read = torch.zeros(R, self.most, dtype=torch.bool, device=device)  # which ids were read so
+    def prefill(self, prompts):
+        """Reads prompts (lists of ids), equal neighbours once -> each row's logits (R, V)."""
+        model, device = self.sampler.model, self.sampler.device
+        groups = [(prompt, len(list(same))) for prompt, same in itertools.groupby(prompts)]
+        different, lengths = [p for p, _ in groups], torch.tensor([len(p) for p, _ in groups], device=device)
+        source = torch.tensor([i for i, (_, n) in enumerate(groups) for _ in range(n)], device=device)
+        self.cache, hidden = KVCache(model.config, lengths, source, self.sampler.dtype), []
+        n = max(1, PREFILL.get(device.type, 16384) // max(map(len, different)))
+        for i in range(0, len(different), n):
+            self.cache.filling = slice(i, i + n)
+            ids = pad_sequence(list(map(torch.tensor, different[i:i + n])), batch_first=True).to(device)
+            hidden.append(model.trunk(ids, cache=self.cache)[range(len(ids)), lengths[i:i + n] - 1])
+        self.cache.filling, self.n_before = None, lengths[source]
+        return model.logits(torch.cat(hidden))[source]
 
-        self.step = torch.zeros(1, dtype=torch.long, device=device)         # t, where kernels find it
-        self.token = torch.zeros(R, dtype=torch.long, device=device)        # each row's last one
-        self.positions = length.to(device)[source] - 1                      # its place in the whole text
-        self.take(model.logits(torch.cat(last))[source])
-
-    def take(self, logits):
-        """Draws a token for every row from logits (R, V). Nothing here waits for the device, or depends on t but through step."""
-        row, step, tokenizer = self.row, self.step, self.sampler.tokenizer
-        temperature, top_k, top_p, _ = self.settings
-        token, logprob = draw(logits, uniform(self.stream, step), temperature, top_k, top_p, tokenizer.vocab_size)
-        if len(self.label):
-            to_read = self.to_read[row]
-            token = torch.where(to_read > 0, self.label[-to_read.clamp(min=1)], token)
-            self.read[row, step] = to_read > 0
-            self.to_read[row] = torch.where(to_read > 0, to_read - 1, len(self.label) * self.sampler.ends_line[token])
-        self.ids[row, step], self.logprobs[row, step] = token, logprob
-        self.end(self.sampler.ends[token])
-        self.token.copy_(token)
-        # A sample that is done may wait some steps for others to leave with it: not beyond the context.
-        self.positions.add_(1).clamp_(max=self.sampler.model.config.block_size - 1)
+    def draw(self, logits):
+        """Draws every row's next token from logits (R, V). It is recorded, so nothing here waits for the
+        device, or depends on t but through step."""
+        sampler = self.sampler
+        token, logprob = self.pick(logits, uniform(self.stream, self.step))
+        if sampler.tells_steps:  # after a line break the label's ids take the place of what the row draws
+            reads = self.to_read > 0
+            token = torch.where(reads, sampler.label_ids[-self.to_read.clamp(min=1)], token)
+            n_label = len(sampler.label) * sampler.ends_line[token]
+            self.to_read.copy_(torch.where(reads, self.to_read - 1, n_label))
+            self.told[:, self.step] = reads[:, None]
+        self.ids[:, self.step], self.logprobs[:, self.step] = token[:, None], logprob[:, None]
+        self.end(sampler.ends[token])
 
     def end(self, ended):
-        """The rows where `ended` (R,) are finished with the token they just drew, if they were not done before."""
-        length = self.length[self.row]
-        ended = ended & (length > self.step)
-        self.finished[self.row] |= ended
-        self.length[self.row] = torch.where(ended, self.step + 1, length)
+        """Rows where `ended` (R,) end with their last token, unless they were done before."""
+        ended = ended & (self.limit > self.step)
+        self.finished |= ended
+        self.limit.copy_(torch.where(ended, self.step + 1, self.limit))
 
-    def go_on(self):
-        """After every token: looks, now and then, who is done, and lets them leave. Returns whether rows left."""
-        row, stop, sampler = self.row, self.settings[-1], self.sampler
-        if stop:
-            self.end(sampler._stopped(self.ids[row, :self.t + 1], self.read[row, :self.t + 1], stop))
+    def stopped(self):
+        """(R,) whether a row's last tokens hold a stop string: as many as the longest has characters, since a
+        token has at least a byte, and some for a character of many bytes."""
+        found, n_last = [], max(map(len, self.stop)) + 4
+        for ids, told in zip(self.ids[:, :self.t + 1].tolist(), self.told[:, :self.t + 1].tolist()):
+            drawn = [i for i, label in zip(ids, told) if not label]
+            text = self.sampler.tokenizer.decode(drawn[-n_last:])
+            found.append(any(s in text for s in self.stop))
+        return torch.tensor(found, device=self.step.device)
+
+    def leave(self):
+        """After every token: rows that are done leave -> [(place, Sample)]."""
+        if self.stop:
+            self.end(self.stopped())
         self.t += 1
-        looks = bool(stop) or self.t % sampler.patience == 0 or self.t == self.most
-        alive = self.length[row] > self.t if looks else None
-        n_alive = int(alive.sum()) if looks else len(row)
         self.step.fill_(self.t)
-        if n_alive > sampler.stay_above * len(row):
-            return False
-        keep = alive.nonzero().squeeze(-1)
-        self.row, self.stream, self.token, self.positions = row[keep], self.stream[keep], self.token[keep], self.positions[keep]
-        if n_alive:
-            self.cache.select(keep)
+        if self.t % self.sampler.look_every and self.t < self.ids.shape[1]:
+            return []
+        done, samples = self.limit <= self.t, []
+        if done.sum() < self.sampler.leave_share * len(done):
+            return []
+        for i in done.nonzero()[:, 0].tolist():
+            (place, prompt, _, _), drawn = self.rows[i], (~self.told[i, :self.limit[i]]).nonzero()[:, 0]
+            ids, logprobs = self.ids[i, drawn].tolist(), self.logprobs[i, drawn].tolist()
+            samples.append((place, Sample(prompt, ids, logprobs, bool(self.finished[i]))))
+        kept = (~done).nonzero()[:, 0]
+        self.rows = [self.rows[i] for i in kept.tolist()]
+        for name in self.TENSORS:
+            setattr(self, name, getattr(self, name)[kept])
+        if self.rows:
+            self.cache.select(kept)
         else:
             self.cache = None  # at once: the next cohort needs the room
-        return True
-
-    def results(self):
-        """[(name, ids, log-probs, finished)] of all rows, without the labels that they read."""
-        found = []
-        columns = (self.ids, self.logprobs, self.read, self.length, self.finished)
-        for name, ids, logprobs, read, n, finished in zip(self.rows, *(x.tolist() for x in columns)):
-            drawn = [t for t in range(n) if not read[t]]
-            found.append((name, [ids[t] for t in drawn], [logprobs[t] for t in drawn], finished))
-        return found
-
-
-class Together:
-    """The caches of several cohorts as one."""
-
-    def __init__(self, caches):
-        self.caches = caches
-
-    def attend(self, layer, q, k, v):
-        parts = zip(self.caches, *(x.split([len(c.source) for c in self.caches]) for x in (q, k, v)))
-        return torch.cat([cache.attend(layer, *part) for cache, *part in parts])
-
-
-PREFILL_TOKENS = {'cpu': 2048, 'cuda': 16384}  # that are read at a time, of some prompts
-
-
-def rows_that_fit(config, longest, max_new_tokens, k, max_rows, dtype, device):
-    """max_rows, or as many rows as a GPU's free memory has room for: prompts of `longest` tokens, half as many more as have rows, since they
-    wait for each other; max_new_tokens of each row's own; its logits, with what is needed to sort them; and the activations of a prefill.
-    (Other numbers of rows draw the same samples but for rounding, which in bf16 may show.)"""
-    if device.type != 'cuda':
-        return max_rows
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    prefill = PREFILL_TOKENS['cuda'] * dtype.itemsize * (8 * config.n_embd + 3 * config.n_inner)
-    prompt, own = (cache_bytes(config, *sizes, dtype, device) for sizes in ((1, longest, 0, 0), (0, 0, 1, max_new_tokens)))
-    a_row = 1.5 / k * prompt + own + 50 * config.vocab_size
-    rows = max(1, min(max_rows, int(0.9 * (free - prefill) / a_row)))
-    if rows < max_rows:
-        print(f'{size_text(free)} are free: {rows} rows at a time instead of {max_rows}')
-    return rows
-
+        return samples
 
 class Replay:
-    """replay.start(f), and then replay() again and again: f(), with all that it reads and writes at the same places. On a GPU its kernels are
-    recorded at the second call as a CUDA graph, which then starts them all at once: a decoding step has some thirty a layer, and starting
-    them one by one takes longer than a small model's step itself."""
+    """Calls f. On a GPU the second call with an equal key, with all tensors where they were, is recorded as a
+    CUDA graph, which then starts all kernels at once."""
     works = True  # until a recording fails
 
     def __init__(self, device):
-        self.records, self.graph, self.before = device.type == 'cuda', None, None
-        if self.records:
-            # One stream, since libraries keep memory for each, and one pool of memory, which goes from a graph to the next.
-            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.on_gpu, self.key, self.graph = device.type == 'cuda', None, None
 
-    def start(self, f):
-        self.f, self.n_calls = f, 0
-        self.before, self.graph = self.graph or self.before, None  # kept for a while: a pool that no graph holds would be given up
-
-    def __call__(self):
-        self.n_calls += 1
-        if self.n_calls == 2 and self.records and Replay.works:  # not at once: libraries set themselves up at a first call
-            self.record()
-        if self.graph:
-            self.graph.replay()
-        else:
-            self.f()
-
-    def record(self):
-        """What torch.cuda.graph does, without giving all unused memory back to the driver first, since we record often."""
-        graph, now = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        self.stream.wait_stream(now)
-        try:
-            with torch.cuda.stream(self.stream):
-                graph.capture_begin(pool=self.pool, capture_error_mode='thread_local')  # other threads, NCCL's say, may go on
-                try:
-                    self.f()  # is recorded, not computed
-                finally:
-                    graph.capture_end()
-            now.wait_stream(self.stream)
-            self.graph, self.before = graph, None
-        except RuntimeError as error:
-            with suppress(AttributeError, RuntimeError, TypeError):  # else the allocator goes on as if we still recorded
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.pool)
-                torch._C._cuda_releasePool(torch.cuda.current_device(), self.pool)
-            if not self.before:
-                self.pool = torch.cuda.graph_pool_handle()
-            if not isinstance(error.__context__ or error, torch.OutOfMemoryError):  # with fewer rows there may be room
+    def __call__(self, key, f):
+        if key != self.key:  # a first call: libraries set themselves up
+            self.key, self.graph = key, None
+        elif self.on_gpu and Replay.works and not self.graph:
+            graph, now = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            try:  # the outer context restores the stream even if the recording fails
+                with torch.cuda.stream(now), torch.cuda.graph(graph, capture_error_mode='thread_local'):
+                    f()  # is recorded, not computed
+                self.graph = graph
+            except RuntimeError as error:
                 Replay.works = False
-                print(f'decoding goes without CUDA graphs, more slowly: {first_line(error.__context__ or error)}')
-
+                print('decoding without CUDA graphs, more slowly:', first_line(error.__context__ or error))
+        self.graph.replay() if self.graph else f()
 
 class Sampler:
     """Sampler(model, tokenizer).generate(prompts) -> list of Sample.
 
-    max_rows: samples decoded at a time, fewer where a GPU's memory has no room for as many (rows_that_fit). Their cache takes at most
-    model.cache_bytes(config, prompts, longest prompt, max_rows, max_new_tokens, dtype, device), and for a moment, when rows leave, a
-    layer's part of that again; prompts: those of max_rows samples, at most 1.5 * max_rows. On a CPU the linear layers' weights are there
-    a second time (Transformer.packed). dtype: of the matrix products. condition: 'good', 'bad' or 'none', what a return-conditioned
-    policy is told before its lines; others are told nothing."""
+    max_rows: samples decoded at a time. dtype: of matrix products. condition: 'good', 'bad' or 'none', what
+    a policy of rcrl.py is told before its lines."""
 
     def __init__(self, model, tokenizer, max_rows=256, dtype=torch.float32, condition='good'):
         self.model, self.tokenizer, self.max_rows, self.dtype = model, tokenizer, max_rows, dtype
-        self.device = model.embed.weight.device
-        if condition not in ('good', 'bad', 'none') or condition == 'bad' and not tokenizer.labels:
-            raise UserError(f"condition is 'good', 'bad' or 'none', and other than 'good' for return-conditioned policies alone (rcrl.py); "
-                            f'not {condition!r}')
-        if max_rows < 1:
-            raise UserError('max_rows must be at least 1')
-        self.label = getattr(tokenizer.labels, condition) if tokenizer.labels and condition != 'none' else []
-        # How often, in tokens, a cohort looks who is done: a GPU that is asked has to compute all that it was given first. And the share of
-        # its rows above which none leave: that copies what the cache holds of the samples, and a GPU's graph is recorded again.
-        self.patience, self.stay_above = (1, 0.9) if self.device.type == 'cpu' else (8, 0.75)
+        self.device, labels = model.embed.weight.device, tokenizer.labels
+        if condition not in ('good', 'bad', 'none') or condition == 'bad' and not labels or max_rows < 1:
+            raise UserError("condition must be 'good', 'none' or, for policies of rcrl.py, 'bad', "
+                            f'not {condition!r}; max_rows at least 1, not {max_rows}')
+        self.label = getattr(labels, condition) if labels and condition != 'none' else []
+        self.label_ids = torch.tensor(self.label, dtype=torch.long, device=self.device)
+        self.tells_steps = bool(self.label) and labels.granularity == 'step'
+        # A look at who is done forces a device sync; a row that leaves, a copy of the cache.
+        self.look_every, self.leave_share = (1, 0.1) if self.device.type == 'cpu' else (8, 0.5)
         self.ends = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
+        self.ends_line = self.ends.clone()
         self.ends[list(tokenizer.ends)] = True
-        self.ends_line = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
-        if self.label:
-            self.ends_line[list(tokenizer.newline_ids)] = True
+        self.ends_line[list(tokenizer.newline_ids) if self.tells_steps else []] = True
 
     @torch.inference_mode()
-    def generate(self, prompts, k=1, max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, stop=(), seed=0, desc=None, first=None):
-        """k samples of each prompt, prompt after prompt: sample j of prompt i is result[i * k + j].
+    def generate(self, prompts, k=1, max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, stop=(), seed=0,
+                 desc=None, first=None):
+        """k samples of each prompt: sample j of prompt i is result[i * k + j].
 
-        prompts: texts, or lists of ids. max_new_tokens: every row's own budget, one number or one a prompt; labels within a solution
-        count. temperature 0 is greedy. stop: strings that end a sample. desc: a title for the progress bar. first: for each prompt the number
-        of its first sample, where some of its samples are drawn by another call; by default those given twice here count on. UserError for a bad
-        argument, an empty prompt, and a prompt that leaves no room for the budget within the model's context."""
-        budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        if len(budgets) != len(prompts):
-            raise UserError(f'{len(budgets)} budgets for {len(prompts)} prompts')
-        for name, bad, rule in (('k', k < 1, 'at least 1'), ('max_new_tokens', any(b < 1 for b in budgets), 'at least 1'),
-                                ('temperature', not 0 <= temperature < float('inf'), '0 (greedy) or more'),
-                                ('top_k', top_k < 0, '0 (all) or more'), ('top_p', not 0 < top_p <= 1, 'above 0 and at most 1')):
-            if bad:
-                raise UserError(f'{name} must be {rule}')
+        prompts: texts or lists of ids. max_new_tokens: the budget, or each prompt's. temperature 0: greedy.
+        stop: strings that end a sample. desc: of a progress bar. first: the number of each prompt's first
+        sample. UserError for bad arguments, an empty prompt, and one without room for its budget."""
+        prompts, budgets = ids_and_budgets(self.tokenizer, prompts, max_new_tokens)
+        if min(k, *budgets, 1) < 1 or not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
+            raise UserError('k and max_new_tokens must be at least 1, temperature and top_k at least 0, '
+                            'top_p above 0 and at most 1')
+        first, waiting = first or first_numbers(prompts, k), []
+        for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):  # to need little padding
+            refuse_too_long(self, [prompts[i]], budgets[i])
+            for j in range(k):
+                stream = random_stream(seed, prompts[i], first[i] + j)
+                waiting.append((i * k + j, prompts[i], stream, budgets[i]))
+        pick = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p,
+                       vocab_size=self.tokenizer.vocab_size)
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        prompts = [self.tokenizer.encode_prompt(p) if isinstance(p, str) else list(p) for p in prompts]
-        given = [p + self.label for p in prompts]
-        for p, whole, budget in zip(prompts, given, budgets):
-            if not p:
-                raise UserError('a prompt is empty')
-            if len(whole) + budget > self.model.config.block_size:
-                raise UserError(f'a prompt of {len(whole)} tokens and max_new_tokens = {budget} exceed the context of '
-                                f'{self.model.config.block_size} tokens')
-
-        # Rows are (number of the prompt, number of its sample), in the order of the prompts' lengths, so that prompts that are read
-        # together need little padding; the longest come first, so that what is too large for the memory fails at once.
-        streams = [[random_stream(seed, p, n + j) for j in range(k)] for p, n in zip(prompts, first or first_numbers(prompts, k))]
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        waiting = deque((i, j) for i in order for j in range(k))
-        if not waiting:
-            return []
-        samples, cohorts, moved, decode = [None] * len(waiting), [], True, Replay(self.device)
-        max_rows = rows_that_fit(self.model.config, max(map(len, given)), max(budgets), k, min(self.max_rows, len(waiting)), self.dtype,
-                                 self.device)
+        samples, cohorts, step = [None] * len(waiting), [], Replay(self.device)
         progress = bar(desc=desc, total=len(waiting)) if desc else None
         with autocast(self.device, self.dtype), self.model.packed(self.dtype):
             while waiting or cohorts:
-                # As soon as a quarter of the rows are free, the next samples start. Cohorts of different age share the linear layers.
-                n_rows = sum(len(c.row) for c in cohorts)
-                if waiting and n_rows <= 0.75 * max_rows:
-                    rows = [waiting.popleft() for _ in range(min(len(waiting), max_rows - n_rows))]
-                    cohorts.append(Cohort(self, rows, [given[i] for i, j in rows], [streams[i][j] for i, j in rows],
-                                          [budgets[i] for i, j in rows], (temperature, top_k, top_p, stop)))
-                    moved, stepped = True, cohorts[-1:]
+                n_free = self.max_rows - sum(len(c.rows) for c in cohorts)
+                if waiting and n_free >= 0.25 * self.max_rows:
+                    drew, waiting = [Cohort(self, waiting[:n_free], pick, stop)], waiting[n_free:]
+                    cohorts += drew
                 else:
-                    # not any(... for ...), which would leave the others without room
-                    changed = any([c.cache.next_token() for c in cohorts])
-                    if changed or moved:
-                        decode.start(lambda now=tuple(cohorts): self._decode(now))
-                    decode()
-                    moved, stepped = False, cohorts
-                for c in stepped:
-                    moved |= c.go_on()
-                for c in [c for c in cohorts if not len(c.row)]:
-                    cohorts.remove(c)
-                    for (i, j), ids, logprobs, finished in c.results():
-                        samples[i * k + j] = Sample(prompts[i], ids, logprobs, finished)
-                    if progress is not None:
-                        progress.update(len(c.rows))
-        if progress is not None:
-            progress.close()
+                    for c in cohorts:
+                        c.cache.next_token()
+                    step([(c, c.cache.own[0].shape) for c in cohorts], partial(self.decode, cohorts))
+                    drew = cohorts
+                for place, sample in itertools.chain(*[c.leave() for c in drew]):
+                    samples[place] = sample
+                    if progress:
+                        progress.update()
+                cohorts = [c for c in cohorts if c.rows]
         return samples
 
-    def _decode(self, cohorts):
-        """Reads the last token of every row, and draws its next one."""
-        token, positions = (torch.cat(x)[:, None] for x in zip(*[(c.token, c.positions) for c in cohorts]))
+    def decode(self, cohorts):
+        """Reads the last token of every row and draws the next one."""
+        token = torch.cat([c.ids[:, c.step - 1] for c in cohorts])
+        position = torch.cat([c.n_before + c.step - 1 for c in cohorts])[:, None]
+        position = position.clamp(max=self.model.config.block_size - 1)  # a row that is done may go on
         cache = cohorts[0].cache if len(cohorts) == 1 else Together([c.cache for c in cohorts])
-        logits = self.model.logits(self.model.trunk(token, positions, cache)[:, 0])
-        for c, part in zip(cohorts, logits.split([len(c.row) for c in cohorts])):
-            c.take(part)
+        logits = self.model.logits(self.model.trunk(token, position, cache)[:, 0])
+        for c, part in zip(cohorts, logits.split([len(c.rows) for c in cohorts])):
+            c.draw(part)
 
-    def _stopped(self, ids, read, stop):
-        """Whether each row of ids (R, t + 1) has just completed a stop string, labels (where `read`) left out: looks at the text of
-        its last tokens, as many as the longest string has characters (a token has at least one byte), and some for a character of
-        many bytes."""
-        tail = max(map(len, stop)) + 4
-        texts = [self.tokenizer.decode([i for i, label in zip(row, labels) if not label][-tail:]) if not labels[-1] else ''
-                 for row, labels in zip(ids.tolist(), read.tolist())]
-        return torch.tensor([any(s in text for s in stop) for text in texts], device=self.device)
-
+def ids_and_budgets(tokenizer, prompts, max_new_tokens):
+    """Prompts as lists of ids, and each one's budget."""
+    budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if len(budgets) != len(prompts):
+        raise UserError(f'{len(budgets)} budgets for {len(prompts)} prompts')
+    return [tokenizer.encode_prompt(p) if isinstance(p, str) else list(p) for p in prompts], budgets
 
 def first_numbers(prompts, k):
-    """The number of each prompt's first sample: 0, but for prompts that were given before, which get fresh samples."""
+    """The number of each prompt's first sample: a prompt given again gets fresh samples."""
     seen, first = Counter(), []
     for p in map(tuple, prompts):
         first.append(seen[p])
         seen[p] += k
     return first
 
-
 def refuse_too_long(sampler, prompts, max_new_tokens):
-    """UserError if none of the prompts (lists of ids) leaves room for the budget in the model's context."""
+    """UserError if no prompt (list of ids) leaves room for the budget in the model's context."""
     check_room(prompts, max_new_tokens, sampler.model.config.block_size, len(sampler.label))
 
-
 def check_room(prompts, max_new_tokens, block_size, n_label=0):
-    """refuse_too_long before there is a sampler. n_label: tokens of the label that it will put behind a prompt."""
-    shortest = min(map(len, prompts)) + n_label
-    if shortest + max_new_tokens > block_size:
-        raise UserError(f'the shortest prompt, of {shortest} tokens, and max_new_tokens = {max_new_tokens} exceed the context of {block_size} tokens')
+    """refuse_too_long before there is a sampler. n_label: tokens of the label behind a prompt."""
+    n = min(map(len, prompts)) + n_label
+    if n == n_label:
+        raise UserError('a prompt is empty')
+    if n + max_new_tokens > block_size:
+        raise UserError(f'the shortest prompt, of {n} tokens, and max_new_tokens = {max_new_tokens} exceed '
+                        f'the context of {block_size} tokens')
 
-
-def answer(sampler, prompts, k, max_new_tokens, temperature, first=None, **arguments):
-    """Sampler.generate on all processes: each draws the samples of its share of the prompts (lists of ids or texts), and gets all
-    of them. And a prompt without room for its budget in the model's context gets empty samples, which count as wrong, instead of
-    ending the run."""
-    prompts = [sampler.tokenizer.encode_prompt(p) if isinstance(p, str) else list(p) for p in prompts]
-    budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    first = first or first_numbers(prompts, k)
-    fits = [len(p) + len(sampler.label) + budget <= sampler.model.config.block_size for p, budget in zip(prompts, budgets)]
-    which = [i for i, fit in enumerate(fits) if fit]
-    mine = which[rank()::world_size()]
+def draw_samples(sampler, prompts, k, max_new_tokens, temperature, first=None, **arguments):
+    """Sampler.generate on all processes: each draws for its share of the prompts and gets all samples, empty
+    ones of a prompt without room for its budget."""
+    prompts, budgets = ids_and_budgets(sampler.tokenizer, prompts, max_new_tokens)
+    first, room = first or first_numbers(prompts, k), sampler.model.config.block_size - len(sampler.label)
+    fitting = [i for i, p in enumerate(prompts) if len(p) + budgets[i] <= room]
+    mine = fitting[rank()::world_size()]
     with enough_memory('sampling', 'lower max_rows'):
-        drawn = sampler.generate([prompts[i] for i in mine], k, [budgets[i] for i in mine], temperature, first=[first[i] for i in mine],
-                                 **arguments)
-    samples = [Sample(p, [], [], False) for p in prompts for _ in range(k)]
-    for r, part in enumerate(from_all([tuple(s) for s in drawn])):
-        for n, i in enumerate(which[r::world_size()]):
-            samples[i * k:(i + 1) * k] = [Sample(*s) for s in part[n * k:(n + 1) * k]]
-    return samples
+        drawn = sampler.generate([prompts[i] for i in mine], k, [budgets[i] for i in mine], temperature,
+                                 first=[first[i] for i in mine], **arguments)
+    drawn = from_all([(i, [tuple(s) for s in drawn[n * k:n * k + k]]) for n, i in enumerate(mine)])
+    found = dict(itertools.chain(*drawn))
+    return [Sample(*s) for i, p in enumerate(prompts) for s in found.get(i, [(p, [], [], False)] * k)]
+
+
+# -----------------------------------------------------------------------------
+# memory and disk
+
+def cache_bytes(config, n_prompts, longest, rows, max_new_tokens, dtype, device='cpu'):
+    """What caches take at most, of n_prompts of `longest` tokens and rows of max_new_tokens."""
+    own = round_up(max_new_tokens, SLOTS.get(torch.device(device).type, 256))
+    slots = n_prompts * round_up(longest, 16) + rows * own
+    return slots * 2 * config.n_layer * config.n_kv_head * config.head_dim * dtype.itemsize
+
+def activation_bytes(config, n_tokens, longest, dtype, grad_checkpointing, device):
+    """What a micro-batch keeps for backward: in fp32 residual inputs, norms and, twice, logits; in dtype what
+    linear layers read and write, and on a CPU attention's probabilities."""
+    C, mlp = config.n_embd, (4 if config.activation == 'silu' else 2) * config.n_inner
+    scores = config.n_head * longest if device.type == 'cpu' and longest <= 512 else 0
+    layer = 16 * C + dtype.itemsize * (6 * C + mlp + scores)
+    layers = config.n_layer * 4 * C + layer if grad_checkpointing else config.n_layer * layer
+    return n_tokens * layers + 8 * min(n_tokens * config.vocab_size, 2 ** 27)
+
+def memory_needed(models, dtype, micro_tokens, longest, max_rows=0, longest_prompt=0, max_new_tokens=0):
+    """A line: the bytes that a process's tensors take (all of a CPU's process half as much again). models:
+    the policy first. longest: tokens of the longest row that is learned. max_rows: drawn from it, or 0."""
+    policy, device, width = models[0], models[0].embed.weight.device, dtype.itemsize
+    n_shares = {m: world_size() if m.shard == 'fsdp' else 1 for m in models}
+    held = [(p, p.numel() / n_shares[m]) for m in models for p in m.parameters()]
+    n_trained = sum(n for p, n in held if p.requires_grad)
+    always = {'weights': sum(n * p.element_size() for p, n in held), 'gradients': 4 * n_trained,
+              "Adam's averages": 8 * n_trained}
+    if policy.shard == 'fsdp':  # all but the blocks; two blocks at a time, and a block's gradients
+        block = sum(p.numel() for p in policy.blocks[0].parameters())
+        always['gathered blocks'] = (policy.n_params() - (len(policy.blocks) - 3) * block) * width
+    kept = torch.float32 if any(isinstance(m, LoRALinear) for m in policy.modules()) else dtype
+    micro = activation_bytes(policy.config, micro_tokens, longest, kept, policy.grad_checkpointing, device)
+    if dtype != torch.float32 and micro_tokens:  # the output projection in both types, and its gradient
+        micro += (6 + 4 * policy.head.weight.requires_grad) * policy.head.weight.numel()
+    copied = policy.shard == 'fsdp' or dtype != policy.embed.weight.dtype or device.type == 'cpu'
+    cache = cache_bytes(policy.config, max_rows, longest_prompt, max_rows, max_new_tokens, dtype, device)
+    drawing = {'samples: a copy of the weights': copied * width * policy.n_params(),
+               f'{max_rows} rows of cache': cache} if max_rows else {}
+    most = sum(always.values()) + max(micro, sum(drawing.values()))
+    always, *beside = (', '.join(f'{what} {size_text(n)}' for what, n in part.items() if n)
+                       for part in (always, {f'a micro-batch of {micro_tokens:,} tokens': micro}, drawing))
+    beside = ', or for '.join(filter(None, beside))
+    return f'memory of a process at most about {size_text(most)}: {always}; beside these {beside}'
+
+def disk_needed(config, n_exports, keep_states=0, lora_rank=0, n_learners=1):
+    """A line: a run's bytes on the disk. A state has the weights that learn and Adam's averages in fp32.
+    n_exports: checkpoints, fp32 at most. n_learners: models of this shape."""
+    with torch.device('meta'):
+        model = Transformer(config)
+        model = model.add_lora(lora_rank) if lora_rank else model
+    state = 12 * n_learners * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    export, kept = 4 * model.n_params(), min(keep_states, 2)
+    most, finished = (size_text(n * state + n_exports * export) for n in (3, kept))
+    return (f'disk at most about {most}, {finished} when finished: up to 3 states of {size_text(state)}, '
+            f'then {kept}, and {n_exports} checkpoints of {size_text(export)}')
+
+def size_text(n_bytes):
+    return f'{n_bytes / 2 ** 30:.1f} GiB' if n_bytes >= 2 ** 30 else f'{n_bytes / 2 ** 20:.0f} MiB'
 
 
 if __name__ == '__main__':
-    import rewards  # here alone, for the prompt: rewards.py imports this module
     override(globals())
     if not init_from:
         raise UserError('which checkpoint? --init_from=out/demo_sft')
     device, dtype = setup(device, dtype, seed)
     folder = find_checkpoint(init_from)
-    sampler = Sampler(Transformer.from_pretrained(folder, device, dtype), load_tokenizer(folder), dtype=dtype, condition=condition)
+    model, tok = Transformer.from_pretrained(folder, device, dtype), load_tokenizer(folder)
+    sampler = Sampler(model, tok, dtype=dtype, condition=condition)
     if not start and sys.stdin.isatty():
         print('a question a line; Ctrl-D ends')
-    for text in [start] if start else (line.strip() for line in sys.stdin):
-        if text:
-            prompt = text if raw else rewards.prompt(text)
-            room = sampler.model.config.block_size - len(sampler.tokenizer.encode_prompt(prompt)) - len(sampler.label)
-            for sample in sampler.generate([prompt], k, min(max_new_tokens, max(1, room)), temperature, top_k, top_p, stop, seed):
-                print((text if raw else '') + sampler.tokenizer.decode(sample.ids) + ('' if sample.finished else ' [budget ended]'))
-                print('-' * 20)
+    for text in [start] if start else filter(None, map(str.strip, sys.stdin)):
+        prompt = tok.encode_prompt(text if raw else data.prompt(text))
+        room = model.config.block_size - len(prompt) - len(sampler.label)
+        budget = min(max_new_tokens, max(1, room))
+        for sample in sampler.generate([prompt], k, budget, temperature, top_k, top_p, stop, seed):
+            print(text * raw + tok.decode(sample.ids) + ' [budget ended]' * (not sample.finished))
+            print('-' * 20)

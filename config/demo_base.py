@@ -1,6 +1,7 @@
-# The demo's base model: a small Llama trained from scratch as a plain language model on unlabelled text of the task's world.
+# The demo's base model: a small Llama trained from scratch as a plain language model, on unlabelled text of the
+# task's world.
 # $ python data/arithmetic/prepare.py && python sft.py config/demo_base.py
-text_file = 'data/arithmetic/base.jsonl'  # 30,000 texts: facts, one-step problems, tales, questions without solutions
+text_file = 'data/arithmetic/base.jsonl'  # 30,000 texts: facts, one-step problems, tales, bare questions
 out_dir = 'out/demo_base'
 n_layer = 4
 n_head = 4

@@ -1,4 +1,4 @@
-# The demo's Expert Iteration: final answers of 6,000 questions, of which the first 500 have worked solutions as well.
+# The demo's Expert Iteration: final answers of 6,000 questions, the first 500 of which also have worked solutions.
 # $ python ei.py config/demo_ei.py      (after config/demo_sft.py)
 init_from = 'out/demo_sft'  # draws the first round's samples
 base = 'out/demo_base'      # where each round's fine-tuning starts again

@@ -1,8 +1,9 @@
-# Expert Iteration that keeps what the ORM scores high, right or wrong: no final answer is looked at after the ORM's training.
+# Expert Iteration that keeps what the ORM scores high, right or wrong: no final answer is used after the ORM's
+# training.
 # $ python ei.py config/demo_ei_orm.py      (after config/demo_orm.py)
 from config.demo_ei import *
 
 out_dir = 'out/demo_ei_orm'
 reward = 'orm'
 reward_model = 'out/demo_orm'
-tau = 0.65                  # a fifth of the SFT policy's validation samples scores as much, and half of those are right
+tau = 0.65                  # a fifth of the SFT policy's validation samples score this, half of them right

@@ -1,4 +1,5 @@
-# Expert Iteration without SFT at demo size: from a base model that was shown two worked examples, on final answers alone.
+# Expert Iteration without SFT at demo size: from a base model that is shown two worked examples, on final answers
+# only.
 # $ python ei.py config/demo_few_shot_ei.py      (after config/demo_few_shot_base.py)
 init_from = 'out/demo_few_shot_base'
 base = 'out/demo_few_shot_base'

@@ -2,14 +2,14 @@
 # $ python ppo.py config/demo_ppo.py      (after config/demo_sft.py)
 init_from = 'out/demo_sft'
 out_dir = 'out/demo_ppo'
-n_questions = 6000          # all of train but the validation slice; final answers alone are looked at
+n_questions = 6000          # all of train but the validation slice; only their final answers are used
 n_iterations = 24           # 24 * 1,024 = 24,576 samples, half of Expert Iteration's
 n_rollouts = 1024
 n_per_question = 4
 temperature = 0.7
 max_new_tokens = 110
 max_rows = 1024             # a small model decodes many rows at a time
-advantage = 'group'         # a critic this small would need more samples than the run has to learn what is worth what
+advantage = 'group'         # a critic this small would need more samples than the run has
 kl_coef = 0.0               # 0.01 was slower, and the run is too short to drift far
 epochs = 1                  # a fresh sample costs less than a second pass over an old one
 minibatch = 64              # 24 * 1,024 / 64 = 384 updates

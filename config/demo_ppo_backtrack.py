@@ -1,4 +1,4 @@
-# Backtracking: at first most questions start after some steps of the reference solution, so that rewards are near.
+# Backtracking: at first most questions start after some steps of the reference solution, so rewards are near.
 # $ python ppo.py config/demo_ppo_backtrack.py      (after config/demo_sft.py)
 from config.demo_ppo import *
 

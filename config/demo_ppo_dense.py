@@ -3,4 +3,4 @@
 from config.demo_ppo import *
 
 out_dir = 'out/demo_ppo_dense'
-reward = 'dense'            # looks into the reference solutions of all questions, not into their final answers alone
+reward = 'dense'            # uses the reference solutions of all questions, not only their final answers

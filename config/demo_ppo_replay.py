@@ -1,4 +1,4 @@
-# Prioritised level replay: half of the questions are drawn again, by how far advantages were off 0 and how long that is ago.
+# Prioritised level replay: half of the questions are drawn again, by their mean |advantage| and how long ago that was.
 # $ python ppo.py config/demo_ppo_replay.py      (after config/demo_sft.py)
 from config.demo_ppo import *
 

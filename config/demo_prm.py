@@ -1,10 +1,10 @@
-# A process reward model for the demo: each step of the SFT policy's solutions, labelled by 8 rollouts from its end.
+# A process reward model for the demo: steps of the SFT policy's solutions, labelled by 8 rollouts from their ends.
 # $ python rewards.py config/demo_prm.py      (after config/demo_sft.py)
 kind = 'prm'
 init_from = 'out/demo_sft'  # the policy that is judged, and whose weights the reward model starts from
 out_dir = 'out/demo_prm'
 n_questions = 1500
-k = 2                       # 1,500 * 2 solutions * about 2.2 steps before the answer * 8 rollouts = 53,000 samples
+k = 2                       # 1,500 * 2 * about 2.2 steps before the answer * 8 rollouts = 53,000 samples
 rollouts = 8
 heldout = 128
 max_new_tokens = 110

@@ -1,4 +1,5 @@
-# The demo's return-conditioned RL: solutions of Expert Iteration's policy, labelled step by step; fine-tuned from the base.
+# The demo's return-conditioned RL: the base, fine-tuned on solutions of Expert Iteration's policy whose steps are
+# labelled.
 # $ python rcrl.py config/demo_rcrl.py      (after config/demo_ei.py)
 init_from = 'out/demo_ei'   # draws the solutions, and the rollouts that judge their steps
 base = 'out/demo_base'      # where fine-tuning starts

@@ -1,5 +1,5 @@
-# The demo's control: SFT on the same 500 solutions for as many updates as SFT and both rounds of Expert Iteration together.
-# If EI gained by training longer alone, this run would gain as much.
+# The demo's control: SFT on the same 500 solutions for as many updates as SFT and both rounds of Expert Iteration
+# together. If EI gained only by training longer, this run would gain as much.
 # $ python sft.py config/demo_sft_long.py      (after config/demo_base.py)
 init_from = 'out/demo_base'
 out_dir = 'out/demo_sft_long'
@@ -10,6 +10,6 @@ micro_tokens = 2048
 lr = 1e-3
 min_lr = 1e-4
 weight_decay = 0.1
-eval_interval = 300         # the best of six checkpoints by validation maj@1, more than EI gets to choose from
+eval_interval = 300         # the best of six checkpoints by validation maj@1; EI chooses from two
 max_new_tokens = 110
 max_rows = 1024             # a small model decodes many rows at a time

@@ -1,4 +1,4 @@
-# The paper's Expert Iteration without SFT: Llama-2 7B on GSM8K from the pretrained weights (Havrilla et al. 2024, section 3).
+# The paper's Expert Iteration without SFT: Llama-2 7B on GSM8K from the pretrained weights (Havrilla et al. 2024).
 # $ python data/gsm8k/prepare.py && torchrun --nproc_per_node=8 ei.py config/gsm8k_llama2_7b_few_shot_ei.py
 # $ torchrun --nproc_per_node=8 eval.py --init_from=meta-llama/Llama-2-7b-hf --few_shot=2 --task=gsm8k --max_new_tokens=512 --out_dir=out/llama2_7b_prompted     (where it starts)
 # Memory: 56.3 GiB on each of 8 GPUs of 80 GB. Disk: 376.5 GiB, 150.6 GiB when finished.
@@ -8,7 +8,7 @@ task = 'gsm8k'
 init_from = 'meta-llama/Llama-2-7b-hf'
 base = 'meta-llama/Llama-2-7b-hf'
 out_dir = 'out/gsm8k_llama2_7b_few_shot_ei'
-few_shot = 2                # worked examples in the first round's prompts; from the second round on there are none
+few_shot = 2                # worked examples in the first round's prompts; later rounds have none
 include_sft = False         # no human solution is learned from
 n_rounds = 5                # paper: 4 to 5 from a pretrained model
 k = 96

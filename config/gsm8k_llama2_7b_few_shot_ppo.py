@@ -1,4 +1,4 @@
-# The paper's PPO without SFT: Llama-2 7B on GSM8K from the pretrained weights, sparse reward (Havrilla et al. 2024, section 3).
+# The paper's PPO without SFT: Llama-2 7B on GSM8K from the pretrained weights, sparse reward (Havrilla et al. 2024).
 # $ python data/gsm8k/prepare.py && torchrun --nproc_per_node=8 ppo.py config/gsm8k_llama2_7b_few_shot_ppo.py
 # $ torchrun --nproc_per_node=8 eval.py --init_from=out/gsm8k_llama2_7b_few_shot_ppo --few_shot=2 --task=gsm8k --max_new_tokens=512
 # Memory: 51.6 GiB on each of 8 GPUs of 80 GB. Disk: 61.2 GiB, 55.2 GiB when finished.

@@ -1,5 +1,5 @@
 # gsm8k_llama2_7b_ppo_sparse with the ORM's score at the end of every step beside the sparse reward, clipped and then
-# as a difference (Gao et al. 2024; ours): raw sums of scores are paid for needless steps.
+# as a difference (Gao et al. 2024; ours): raw sums of scores pay for needless steps.
 # $ torchrun --nproc_per_node=8 rewards.py config/gsm8k_llama2_7b_orm.py && torchrun --nproc_per_node=8 ppo.py config/gsm8k_llama2_7b_ppo_orm_dense.py
 # Memory: 65.1 GiB on each of 8 GPUs of 80 GB. Disk: 61.2 GiB, 55.2 GiB when finished.
 # As for gsm8k_llama2_7b_ppo_sparse, and 12.6 GiB of a GPU for the reward model in bf16.

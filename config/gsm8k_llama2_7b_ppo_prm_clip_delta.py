@@ -1,4 +1,5 @@
-# gsm8k_llama2_7b_ppo_sparse with a process reward, clipped and then as a difference (Gao et al. 2024), beside the sparse one.
+# gsm8k_llama2_7b_ppo_sparse with a process reward, clipped and then as a difference (Gao et al. 2024), beside the
+# sparse one.
 # $ torchrun --nproc_per_node=8 rewards.py config/gsm8k_llama2_7b_prm.py && torchrun --nproc_per_node=8 ppo.py config/gsm8k_llama2_7b_ppo_prm_clip_delta.py
 # Not run: it needs a GPU and the model hub.
 # Memory: 65.1 GiB on each of 8 GPUs of 80 GB. Disk: 61.2 GiB, 55.2 GiB when finished.

@@ -2,9 +2,10 @@
 # $ torchrun --nproc_per_node=8 sft.py config/gsm8k_llama2_7b_sft.py && torchrun --nproc_per_node=8 ppo.py config/gsm8k_llama2_7b_ppo_sparse.py
 # $ torchrun --nproc_per_node=8 eval.py --init_from=out/gsm8k_llama2_7b_ppo_sparse --task=gsm8k --max_new_tokens=512
 # Memory: 52.6 GiB on each of 8 GPUs of 80 GB. Disk: 61.2 GiB, 55.2 GiB when finished.
-# One such GPU does, too. By the line that the script prints, for prompts of up to 250 tokens, a GPU holds bf16 weights and adapters,
-# 13.6 GiB, and 3.0 of the adapters' gradients and averages; the reference is the same weights without the adapters. Beside these 8.3
-# for a micro-batch, or to draw samples 36.0 of cache. A state on the disk has only the adapters.
+# One such GPU is enough. By the line that the script prints, for prompts of up to 250 tokens, a GPU holds bf16 weights
+# and adapters, 13.6 GiB, and 3.0 of the adapters' gradients and averages; the reference is the same weights without
+# the adapters. Beside these 8.3 for a micro-batch, or 36.0 of cache to draw samples. A state on the disk has only the
+# adapters.
 # All weights instead take FSDP: 12.6 GiB of the policy, 1.6 of the reference, 1.6 of gathered blocks.
 # With --lora_rank=0 --lr=1e-6 --max_rows=64: 52.3 GiB of 80 GB, and on the disk as gsm8k_llama2_7b_sft.
 # 250 iterations * 1,024 = 256,000 samples, 250 * 4 * 4 = 4,000 updates.

@@ -1,4 +1,5 @@
-# The paper's return-conditioned RL: Llama-2 7B on GSM8K (Havrilla et al. 2024, section 3), on solutions of Expert Iteration's policy.
+# The paper's return-conditioned RL: Llama-2 7B on GSM8K (Havrilla et al. 2024, section 3), on solutions of Expert
+# Iteration's policy.
 # $ torchrun --nproc_per_node=8 ei.py config/gsm8k_llama2_7b_ei.py && torchrun --nproc_per_node=8 rcrl.py config/gsm8k_llama2_7b_rcrl.py
 # $ torchrun --nproc_per_node=8 eval.py --init_from=out/gsm8k_llama2_7b_rcrl --task=gsm8k --max_new_tokens=512      (--condition=bad: told [BAD] before every step)
 # Memory: 50.7 GiB on each of 8 GPUs of 80 GB. Disk: 301.2 GiB, 150.6 GiB when finished.

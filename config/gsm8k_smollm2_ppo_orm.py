@@ -7,4 +7,4 @@ from config.gsm8k_smollm2_ppo_sparse import *
 out_dir = 'out/gsm8k_smollm2_ppo_orm'
 reward = 'orm'
 reward_model = 'out/gsm8k_smollm2_orm'
-reward_right = 0.0          # the score alone, as in Havrilla et al. 2024 (ours: whether it stood alone there is not said)
+reward_right = 0.0          # only the score: ours, as Havrilla et al. 2024 don't say whether it stood alone

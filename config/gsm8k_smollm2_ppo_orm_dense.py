@@ -1,5 +1,5 @@
 # gsm8k_smollm2_ppo_sparse with the ORM's score at the end of every step beside the sparse reward, clipped and then
-# as a difference (Gao et al. 2024; ours): raw sums of scores are paid for needless steps.
+# as a difference (Gao et al. 2024; ours): raw sums of scores pay for needless steps.
 # $ python rewards.py config/gsm8k_smollm2_orm.py && python ppo.py config/gsm8k_smollm2_ppo_orm_dense.py
 # Memory: 10.3 GiB on one GPU of 16 GB. Disk: 5.5 GiB, 2.5 GiB when finished.
 # Not run: it needs a GPU and the model hub.

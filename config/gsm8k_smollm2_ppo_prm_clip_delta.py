@@ -1,4 +1,5 @@
-# gsm8k_smollm2_ppo_sparse with a process reward, clipped and then as a difference (Gao et al. 2024), beside the sparse one.
+# gsm8k_smollm2_ppo_sparse with a process reward, clipped and then as a difference (Gao et al. 2024), beside the
+# sparse one.
 # $ python rewards.py config/gsm8k_smollm2_prm.py && python ppo.py config/gsm8k_smollm2_ppo_prm_clip_delta.py
 # Memory: 10.3 GiB on one GPU of 16 GB. Disk: 5.5 GiB, 2.5 GiB when finished.
 # Not run: it needs a GPU and the model hub.

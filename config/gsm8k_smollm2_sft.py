@@ -2,7 +2,7 @@
 # $ python data/gsm8k/prepare.py && python sft.py config/gsm8k_smollm2_sft.py
 # $ python eval.py --init_from=out/gsm8k_smollm2_sft --task=gsm8k
 # Memory: 6.5 GiB on one GPU of 8 GB. Disk: 5.5 GiB, 2.5 GiB when finished.
-# (135M * 16 bytes = 2.0 GiB and activations.) With --init_from=Qwen/Qwen2.5-0.5B --micro_tokens=2048: 12.7 GiB of 16 GB.
+# (135M * 16 bytes = 2.0 GiB and activations.) With --init_from=Qwen/Qwen2.5-0.5B --micro_tokens=2048: 12.6 GiB of 16 GB.
 # With --micro_tokens=16384: 16.3 GiB of 24 GB, in fewer and larger pieces.
 # Not run: it needs a GPU and the model hub.
 task = 'gsm8k'

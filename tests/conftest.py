@@ -1,52 +1,54 @@
-"""What several test files need: small models and tokenizers, made once, and the folder with the real data."""
+"""What several test files need: small models and tokenizers, made once, and how scripts are started."""
 import io
 import itertools
 import json
 import logging
 import os
 import runpy
-import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-# Models this small gain nothing from a second thread, and beside another busy process two threads that wait for each other are slow.
-# For the scripts that tests start as well: bit-equal is promised for equally many threads.
+# Bit-equal is promised for equally many threads, and models this small gain nothing from a second one.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-os.environ.setdefault('HF_HUB_OFFLINE', '1')      # a test that reaches for the network is a mistake: it should fail at once
+os.environ.setdefault('HF_HUB_OFFLINE', '1')  # a test that reaches for the network should fail at once
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
 
 import torch  # noqa: E402
 
+from config import run  # noqa: E402
+from data import Problem  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
-from rewards import Problem  # noqa: E402
 from sample import learn_bpe, load_tokenizer  # noqa: E402
-from sft import finetune, loss_sum, solution_examples  # noqa: E402
+from sft import cross_entropy, finetune, solution_examples  # noqa: E402
 
-logging.getLogger('c10d-NullHandler-dcp_logger').disabled = True  # a state's every tensor, among what a failed test has logged
+run.listen_for_stop = lambda: None  # pytest keeps its handlers
+logging.getLogger('c10d-NullHandler-dcp_logger').disabled = True  # a line for each tensor of a state
 
-TEXTS = ['Question: Tom has 3 apples and buys 14 more. How many apples does Tom have?\nAnswer: Tom has 3+14=<<3+14=17>>17 apples.\n#### 17',
-         'Question: Ann sells 4 pens for 5 dollars each. How much money does Ann get?\nAnswer: Ann gets 4*5=<<4*5=20>>20 dollars.\n#### 20']
-
+TEXTS = ['Question: Tom has 3 apples and buys 14 more. How many apples does Tom have?\n'
+         'Answer: Tom has 3+14=<<3+14=17>>17 apples.\n#### 17',
+         'Question: Ann sells 4 pens for 5 dollars each. How much money does Ann get?\n'
+         'Answer: Ann gets 4*5=<<4*5=20>>20 dollars.\n#### 20']
+GPT2 = dict(family='gpt2', n_kv_head=4, norm='layer', activation='gelu_tanh', rope_theta=0.0, qkv_bias=True,
+            out_bias=True, mlp_bias=True)
 
 def pytest_addoption(parser):
-    parser.addoption('--slow', action='store_true', help='also run what takes long: faults at many moments, three processes, whole chains')
-
+    parser.addoption('--slow', action='store_true',
+                     help='also faults at many moments, three processes, whole chains')
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes long; runs with --slow')
     config.addinivalue_line('markers', 'cuda: needs a CUDA GPU')
     if getattr(config.option, 'dist', 'no') == 'load':  # pytest-xdist: what a file's tests share is made once
         config.option.dist = 'loadfile'
-
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
@@ -55,31 +57,39 @@ def pytest_collection_modifyitems(config, items):
         if 'cuda' in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason='needs a CUDA GPU'))
 
-
 def real_data(*parts):
-    """A path within the folder that DATA_DIR names; the test is skipped, saying so, where that is not there."""
-    path = os.path.join(os.environ.get('DATA_DIR', ''), *parts)
-    if not os.environ.get('DATA_DIR') or not os.path.exists(path):
+    """A path within the folder that DATA_DIR names; the test is skipped where it is not there."""
+    path = os.path.join(os.environ.get('DATA_DIR', 'nowhere'), *parts)
+    if not os.path.exists(path):
         pytest.skip(f'needs {"/".join(parts)} in the folder that the environment variable DATA_DIR names')
     return path
 
-
 def until(condition, job):
-    """Waits until there is progress; fails where the process ends before, or none comes for minutes."""
     deadline = time.time() + 300
     while not condition():
         assert job.poll() is None, f'ended with {job.returncode} before there was progress'
         assert time.time() < deadline, 'no progress'
         time.sleep(0.01)
 
+def script_command(script, coin, out, *flags):
+    """A script's command line that starts it from the coin's policy; later flags win."""
+    few = [] if script in ('eval.py', 'rewards.py') else ['--eval_problems=8']
+    base = [f'--base={coin}/policy'] if script in ('ei.py', 'rcrl.py') else []
+    return [script, f'--task={coin}/task', f'--init_from={coin}/policy', f'--out_dir={out}', '--device=cpu',
+            '--max_new_tokens=40', '--max_rows=16', *few, *base, *flags]
 
-def run_all(n, commands):
-    """Runs scripts, each a list of its name and flags, one after another in one start of n processes. -> what each process printed"""
+def free_port():
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
-        place = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free.getsockname()[1]), 'WORLD_SIZE': str(n)} if n > 1 else {}
-    jobs = [subprocess.Popen([sys.executable, os.path.join('tests', 'run_all.py'), json.dumps(commands)], cwd=ROOT, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, env=os.environ | place | {'RANK': str(number)}) for number in range(n)]
+        return str(free.getsockname()[1])
+
+def run_all(n, commands):
+    """Runs scripts, each a list of its name and flags, in one start of n processes. -> what each process
+    printed"""
+    place = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(), 'WORLD_SIZE': str(n)} if n > 1 else {}
+    start = [sys.executable, os.path.join('tests', 'run_all.py'), json.dumps(commands)]
+    jobs = [subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env=os.environ | place | {'RANK': str(number)}) for number in range(n)]
     try:
         said = [job.communicate(timeout=300) for job in jobs]
     finally:
@@ -88,48 +98,16 @@ def run_all(n, commands):
     assert [job.returncode for job in jobs] == [0] * n, said
     return [out for out, _ in said]
 
-
-@pytest.fixture(scope='session')
-def bpe():
-    return learn_bpe(TEXTS, 120)
-
-
-def tiny_config(vocab_size, **changes):
-    shape = dict(vocab_size=vocab_size, block_size=96, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, n_inner=64)
-    return ModelConfig(**(shape | changes))
-
-
-GPT2 = dict(family='gpt2', n_kv_head=4, norm='layer', activation='gelu_tanh', rope_theta=0.0, qkv_bias=True, out_bias=True, mlp_bias=True)
-
-
-def loud(model, seed=0):
-    """Random weights large enough that every part of the model shows in its logits: at the usual initialisation, attention
-    is almost uniform and a fault in positions or masks hardly moves them."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            std = 0.3 if p.dim() == 1 else 1.5 / p.shape[1] ** 0.5
-            p.copy_(torch.randn(p.shape, generator=generator) * std + (1 if p.dim() == 1 and name.endswith('weight') else 0))
-    return model
-
-
-@pytest.fixture(scope='session', params=['llama', 'gpt2'])
-def model(request, bpe):
-    """A small model with rotary or learned positions; padding on learned positions shows what rotary ones hide."""
-    return loud(Transformer(tiny_config(bpe.vocab_size + 7, **(GPT2 if request.param == 'gpt2' else {}))))
-
-
 def run_script(*command, code=0):
-    """run_script('sft.py', flags ..., code=0) runs a script of the repository as a user would, checks its exit code and returns what it
-    printed (stdout, stderr). In this process, where it has nothing to import; run_process is a true start, and takes seconds."""
-    out, err, ended = io.StringIO(), io.StringIO(), 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    products = torch.backends.mkldnn.matmul.fp32_precision
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err), torch.random.fork_rng(devices=[]):
+    """Runs a script and checks its exit code. -> what it printed (stdout, stderr). In this process, where it
+    has nothing to import: run_process takes seconds."""
+    out, err, ended, matmul = io.StringIO(), io.StringIO(), 0, torch.backends.mkldnn.matmul
+    with (pytest.MonkeyPatch.context() as patch, ExitStack() as after, redirect_stdout(out), redirect_stderr(err),
+          torch.random.fork_rng(devices=[])):
+        after.callback(setattr, matmul, 'fp32_precision', matmul.fp32_precision)
         patch.chdir(ROOT)
         patch.setattr(sys, 'argv', list(command))
         patch.setattr(sys, 'excepthook', sys.excepthook)  # what a script changes for its process ends with it
-        patch.setattr('config.stop_asked_at', None)
         try:
             runpy.run_path(command[0], run_name='__main__')
         except SystemExit as stop:
@@ -141,24 +119,20 @@ def run_script(*command, code=0):
                 ended = stop.code
             else:
                 raise  # a bug
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            torch.backends.mkldnn.matmul.fp32_precision = products
     assert ended == code, f'{command} ended with {ended}:\n{out.getvalue()}\n{err.getvalue()}'
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
+@pytest.fixture
+def script():
+    return run_script
 
 def run_process(*command, code=0):
-    """run_script in a process of its own."""
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code, f'{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}'
     return done
 
-
 class Killed(BaseException):
     """Ends run_script as kill -9 ends a process: nothing that the script catches."""
-
 
 def dies_after(n, function):
     """function, whose call number n + 1 raises Killed."""
@@ -170,17 +144,39 @@ def dies_after(n, function):
         return function(*args, **kwargs)
     return dying
 
+def tiny_config(vocab_size, **changes):
+    shape = dict(block_size=96, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, n_inner=64)
+    return ModelConfig(vocab_size=vocab_size, **(shape | changes))
 
-@pytest.fixture
-def script():
-    return run_script
+def loud(model, seed=0):
+    """Weights so large that a fault in positions or masks shows in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            std = 0.3 if p.dim() == 1 else 1.5 / p.shape[1] ** 0.5
+            gain = 1 if p.dim() == 1 and name.endswith('weight') else 0
+            p.copy_(torch.randn(p.shape, generator=generator) * std + gain)
+    return model
 
+def tiny(vocab_size, seed=0, **changes):
+    return loud(Transformer(tiny_config(vocab_size, **changes)), seed)
+
+@pytest.fixture(scope='session')
+def bpe():
+    return learn_bpe(TEXTS, 120)
+
+@pytest.fixture(scope='session', params=[{}, GPT2], ids=['llama', 'gpt2'])
+def family(request):
+    """Padding on learned positions shows what rotary ones hide."""
+    return request.param
+
+@pytest.fixture(scope='session')
+def model(family, bpe):
+    return tiny(bpe.vocab_size + 7, **family)
 
 def coin_problem(i, x=1):
-    """Question i of the coin's task with a right (x = 1) or a wrong solution (2): a step, '1+1=<<1+1=2>>2' or '1+2=<<1+2=3>>3', and
-    the answer that follows from it."""
+    """Question i of the coin's task with a right (x = 1) or a wrong solution (2): a step, and its answer."""
     return Problem(f'What is number {i}?', f'1+{x}=<<1+{x}={1 + x}>>{1 + x}\n#### {1 + x}', str(1 + x))
-
 
 def write_task(folder, splits):
     """Writes task/train.jsonl and so on from {split: problems} -> the folder's path."""
@@ -189,25 +185,27 @@ def write_task(folder, splits):
         rows = [json.dumps({'question': p.question, 'answer': p.solution}) + '\n' for p in problems]
         (folder / 'task' / f'{split}.jsonl').write_text(''.join(rows))
 
-
 @torch.no_grad()
 def coin_logprobs(folder, example, n=16):
-    """(ln P(right solution), ln P(wrong one)) of a checkpoint, exactly: the means over n questions. Their difference is the coin's
-    log-odds. example(problem, tokenizer) makes the row whose learned tokens count."""
+    """(ln P(right solution), ln P(wrong one)) of a checkpoint, exactly: the means over n questions. Their
+    difference is the coin's log-odds. example(problem, tokenizer) makes the row whose learned tokens
+    count."""
     model, tokenizer = Transformer.from_pretrained(str(folder)), load_tokenizer(str(folder))
-    return tuple(-loss_sum(model, [example(coin_problem(i, x), tokenizer) for i in range(n)]).item() / n for x in (1, 2))
+    rows = [[example(coin_problem(i, x), tokenizer) for i in range(n)] for x in (1, 2)]
+    return tuple(-cross_entropy(model, examples).item() / n for examples in rows)
 
-
-@pytest.fixture(scope='session')
-def coin(tmp_path_factory):
-    """A task whose every answer is 2, and a policy that learned to answer 2 and 3 equally often: a coin that RL can load.
-    -> the folder, with task/ and policy/."""
-    folder = tmp_path_factory.mktemp('coin')
+def make_coin(folder):
+    """Writes task/, whose every answer is 2, and policy/, which learned to answer 2 and 3 equally often: a
+    coin that RL can load. -> the folder"""
     write_task(folder, {'train': [coin_problem(i) for i in range(320)], 'test': [coin_problem(i) for i in range(16)]})
     tokenizer = learn_bpe([f'{p.question}\n{p.solution}' for p in (coin_problem(1, 1), coin_problem(2, 2))], 20)
     torch.manual_seed(0)
     policy = Transformer(tiny_config(tokenizer.vocab_size, block_size=128)).init_weights()
-    finetune(policy, solution_examples([coin_problem(i, x) for i in range(64) for x in (1, 2)], tokenizer), max_steps=120, batch_size=32,
-             lr=5e-3, min_lr=1e-4)
+    examples = solution_examples([coin_problem(i, x) for i in range(64) for x in (1, 2)], tokenizer)
+    finetune(policy, examples, max_steps=120, batch_size=32, lr=5e-3, min_lr=1e-4)
     policy.save_pretrained(str(folder / 'policy'), tokenizer)
     return folder
+
+@pytest.fixture(scope='session')
+def coin(tmp_path_factory):
+    return make_coin(tmp_path_factory.mktemp('coin'))

@@ -1,5 +1,5 @@
-"""What test_distributed.py starts: dies_once.py FOLDER MOMENTS sft.py ... runs a script, and the first time that process 1 comes to one of
-the moments ('step,validation,state') it is killed there."""
+"""What test_distributed.py starts: dies_once.py FOLDER MOMENTS sft.py ... runs a script, and the first time that
+process 1 comes to one of the moments ('step,validation,state') it is killed there."""
 import os
 import runpy
 import signal
@@ -9,13 +9,12 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import eval as evaluation  # noqa: E402
 import model  # noqa: E402
-from config import RANK, stop_asked  # noqa: E402
+from config import RANK, run  # noqa: E402
 
-WHERE = {'step': (model, 'finish_gradients'), 'validation': (evaluation, 'greedy_accuracy'), 'state': (model, 'checksum')}
-
+WHERE = {'step': (model, 'finish_gradients'), 'validation': (evaluation, 'greedy_accuracy'), 'state': (run, 'checksums')}
 
 def dies_once(f, moment, path):
-    def in_place_of_f(*args):
+    def in_place_of_f(*args, **kwargs):
         if not os.path.exists(path):
             if RANK == 1:
                 while moment == 'validation' and not os.path.exists(path + '.main'):
@@ -24,9 +23,9 @@ def dies_once(f, moment, path):
                 os.kill(os.getpid(), signal.SIGKILL)
             elif moment == 'validation':  # draws its own samples and hears of nothing, until torchrun asks it to stop
                 open(path + '.main', 'x').close()
-                while not stop_asked():
+                while not run.stop_asked():
                     time.sleep(0.01)
-        return f(*args)
+        return f(*args, **kwargs)
     return in_place_of_f
 
 

@@ -4,124 +4,113 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT, free_port, run_all, script_command, tiny_config, until
 from safetensors.torch import load_file
-
-import model
-from config import UserError
-from conftest import ROOT, run_all, tiny_config, until
-from model import Transformer, meet
 from test_faults import assert_same_run
 
-TINY = ['--max_new_tokens=40', '--device=cpu', '--micro_tokens=512', '--max_rows=16']
-SFT = ['--batch_size=7', '--max_steps=5', '--eval_interval=3', '--lr=1e-3', '--n_worked=20']  # 7: no multiple of the processes
-# A small rate: Adam divides a gradient by its own size, so that at a large one the rounding errors of small gradients grow with each step.
-PPO = ['--n_rollouts=20', '--minibatch=20', '--epochs=1', '--n_iterations=3', '--lr=1e-4', '--critic_lr=1e-3', '--temperature=1.0', '--show=0',
-       '--eval_interval=3', '--n_questions=40']
-PPO_KEYS = ['policy_loss', 'grad_norm', 'share_correct', 'kl_k3', 'entropy', 'approx_kl', 'reward_kl', 'response_tokens']
-GROUP = ['--advantage=group', '--lora_rank=4', '--epochs=2']
+from config import UserError, run
+from model import Transformer
 
+# 7 rows: not the same number for each of two processes
+SFT = ['sft.py', '--batch_size=7', '--max_steps=5', '--eval_interval=3', '--lr=1e-3', '--n_worked=20']
+# A small rate: Adam divides a gradient by its own size, so that at a large one rounding errors grow with each
+# step.
+PPO = ['ppo.py', '--n_rollouts=20', '--minibatch=20', '--epochs=1', '--n_iterations=3', '--lr=1e-4', '--show=0',
+       '--critic_lr=1e-3', '--temperature=1.0', '--eval_interval=3', '--n_questions=40']
+GROUP = [*PPO, '--advantage=group', '--lora_rank=4', '--epochs=2']
+EI = ['--max_steps=3', '--k=3', '--batch_size=8', '--lr=1e-3']
+PRM = ['rewards.py', '--kind=prm', '--n_questions=9', '--k=3', '--rollouts=2', '--heldout=6', '--batch_size=8',
+       '--lr=1e-3', '--epochs=2']
 
 def command(coin, out, script, *flags):
-    few = ['--eval_problems=10'] if script in ('sft.py', 'ei.py', 'ppo.py', 'rcrl.py') else []
-    return [script, *TINY, *few, f'--task={coin}/task', f'--init_from={coin}/policy', f'--out_dir={out}', *flags]
+    return script_command(script, coin, out, '--micro_tokens=512', *flags)
 
-
-def torchrun(n):
-    return [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
+def torchrun(n, *flags):
+    return [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}',
+            *(flags or ['--standalone'])]
 
 def log_of(folder, key):
-    rows = [row for row in map(json.loads, open(os.path.join(folder, 'log.jsonl'))) if key in row]
+    rows = [row for row in map(json.loads, open(f'{folder}/log.jsonl')) if key in row]
     assert rows, f'{folder}: no {key}'
     return rows
 
-
-def assert_close(a, b, keys, rel=1e-5):
-    assert len(a) == len(b) > 0
-    for x, y in zip(a, b):
-        for key in keys:
-            assert x[key] == pytest.approx(y[key], rel=rel, abs=1e-6), (key, x['step'])
-
+def assert_close(a, b, *keys):
+    """Of the rows that have the first of the keys."""
+    found, expected = ([[row[key] for key in keys] for row in log_of(folder, keys[0])] for folder in (a, b))
+    for x, y in zip(found, expected, strict=True):
+        assert x == pytest.approx(y, rel=1e-5, abs=1e-6), keys
 
 def assert_same_weights(a, b, tolerance=0.0):
-    a, b = (load_file(os.path.join(folder, 'model.safetensors')) for folder in (a, b))
+    a, b = (load_file(f'{folder}/model.safetensors') for folder in (a, b))
     assert a.keys() == b.keys() and a
     for name in a:
         assert (a[name] - b[name]).abs().max() <= tolerance, name
 
-
 def assert_same_sft(a, b):
-    assert_close(log_of(a, 'loss'), log_of(b, 'loss'), ['loss', 'grad_norm', 'lr'])
-    assert_close(log_of(a, 'val_loss'), log_of(b, 'val_loss'), ['val_loss', 'val_maj1'])
+    assert_close(a, b, 'loss', 'grad_norm', 'lr')
+    assert_close(a, b, 'val_loss', 'val_maj1')
     assert_same_weights(a / 'last', b / 'last', 1e-5)
 
-
-def assert_same_ppo(a, b, keys):
-    one, other = log_of(a, 'share_correct'), log_of(b, 'share_correct')
-    assert all(row['grad_norm'] > 0 for row in one)
-    assert_close(one, other, PPO_KEYS + keys)
-    samples = [[json.loads(line)['text'] for line in open(run / 'samples.jsonl')] for run in (a, b)]
-    assert samples[0] == samples[1] and len(samples[0]) == 60
+def assert_same_ppo(a, b, *keys):
+    assert all(row['grad_norm'] > 0 for row in log_of(a, 'share_correct'))
+    assert_close(a, b, 'policy_loss', 'grad_norm', 'share_correct', 'kl_k3', 'entropy', 'approx_kl', 'reward_kl',
+                 'response_tokens', *keys)
+    found, expected = ([json.loads(line)['text'] for line in open(folder / 'samples.jsonl')] for folder in (a, b))
+    assert found == expected and len(found) == 60
     assert_same_weights(a / 'last', b / 'last', 2e-4)
-
 
 # Rollouts from one place are dealt to all processes: together they are what one process draws.
 DRAW = """
 import json
 import sys
-from model import Transformer, rank, setup
-from sample import Sampler, answer, load_tokenizer
+from config.run import rank, setup
+from model import Transformer
+from sample import Sampler, draw_samples, load_tokenizer
 setup('cpu')
 sampler = Sampler(Transformer.from_pretrained(sys.argv[1]), load_tokenizer(sys.argv[1]))
-drawn = [s.ids for s in answer(sampler, [[5, 6, 7]] * 6 + [[8]], 2, 10, 1.0)]
+drawn = [s.ids for s in draw_samples(sampler, [[5, 6, 7]] * 6 + [[8]], 2, 10, 1.0)]
 if rank() == 0:
     json.dump(drawn, open(sys.argv[2], 'w'))
 """
-# What a process of two holds of a model whose rows do not divide evenly; loading, gathering and writing it back change nothing.
+# What a process of two holds of a model whose rows do not divide evenly; loading, gathering and writing
+# change nothing.
 PART = """
 import sys
 import torch
-import torch.distributed as dist
-from model import PATIENCE, Transformer, autocast, setup
+from config.run import setup
+from model import Transformer, autocast
 device, _ = setup('cpu')
-assert dist.group.WORLD._get_backend(device).options._timeout == PATIENCE  # no longer that of starting
-for name in ('tied', 'untied'):
-    whole = Transformer.from_pretrained(f'{sys.argv[1]}/{name}')
-    part = Transformer.from_pretrained(f'{sys.argv[1]}/{name}', shard='fsdp', lora_rank=2)
+def logits(model, ids):
+    return model(ids)
+for folder in sys.argv[1:]:
+    ids, found = torch.arange(12)[None], []
+    whole = Transformer.from_pretrained(folder)
+    part = Transformer.from_pretrained(folder, shard='fsdp', lora_rank=2)
     held = sum(p.to_local().numel() for p in part.parameters())
     assert 0.4 < held / sum(p.numel() for p in part.parameters()) < 0.6
-    copy = part.for_sampling(torch.float32)
     weights = dict(whole.named_parameters())
-    for key, p in copy.named_parameters():
+    for key, p in part.for_sampling(torch.float32).named_parameters():
         assert 'fixed_' in key or torch.equal(p, weights[key]), key
-    ids = torch.arange(12)[None]
-    torch.testing.assert_close(part.run(lambda model, ids: model(ids), ids), whole(ids))
-    part.save_pretrained(f'{sys.argv[1]}/{name}_again')
+    torch.testing.assert_close(part.run(logits, ids), whole(ids))
+    part.save_pretrained(folder + '_again')
     with torch.no_grad():  # adapters that have learned something are in the copy
         for key, p in part.named_parameters():
             if key.endswith('lora_b'):
                 p.to_local().fill_(0.1)
-    learned = part.run(lambda model, ids: model(ids), ids)
+    learned = part.run(logits, ids)
     assert (learned - whole(ids)).abs().max() > 0.01
     torch.testing.assert_close(part.for_sampling(torch.float32)(ids), learned)
-    found = []  # the angles of rotary positions and the scalar head stay fp32 where products are bf16
-    half = Transformer.from_pretrained(f'{sys.argv[1]}/{name}', shard='fsdp', product_dtype=torch.bfloat16)
+    # the angles of rotary positions and the scalar head stay fp32 where products are bf16
+    half = Transformer.from_pretrained(folder, shard='fsdp', product_dtype=torch.bfloat16)
     half.blocks[0].register_forward_pre_hook(lambda block, inputs: found.append(inputs[1][0].dtype))
     half.value_head.register_forward_pre_hook(lambda head, inputs: found.extend([inputs[0].dtype, head.weight.dtype]))
     with torch.no_grad(), autocast(device, torch.bfloat16):
@@ -129,55 +118,48 @@ for name in ('tied', 'untied'):
     assert found == [torch.float32] * 3, found
 """
 
-
 @pytest.fixture(scope='module')
 def work(coin, bpe, tmp_path_factory):
     """A folder with one/, what one process did, and two/, what two did."""
     folder = tmp_path_factory.mktemp('processes')
     torch.manual_seed(0)
-    for tied in (True, False):
-        whole = Transformer(tiny_config(bpe.vocab_size, tied=tied)).init_weights().add_value_head()
-        whole.save_pretrained(str(folder / ('tied' if tied else 'untied')), bpe)
+    for name in ('tied', 'untied'):
+        whole = Transformer(tiny_config(bpe.vocab_size, tied=name == 'tied')).init_weights().add_value_head()
+        whole.save_pretrained(str(folder / name), bpe)
     (folder / 'draw.py').write_text(DRAW)
     (folder / 'part.py').write_text(PART)
-    one = {'sft': ['sft.py', *SFT], 'torn': ['sft.py', *SFT, '--save_interval=1', '--max_steps=3', '--keep_states=2'], 'ppo': ['ppo.py', *PPO, '--value_warmup=1'],
-           'group': ['ppo.py', *PPO, *GROUP]}
-    two = {f'{name} {shard}': [*one[name], f'--shard={shard}'] for name, shard in (('sft', 'ddp'), ('sft', 'fsdp'), ('ppo', 'ddp'), ('ppo', 'fsdp'),
-                                                                                 ('group', 'fsdp'))}
-    for shard in ('ddp', 'fsdp'):  # the type that GPUs compute in
-        two |= {f'bf16 {shard}': ['sft.py', *SFT, '--dtype=bfloat16', f'--shard={shard}'],
-                f'bf16 lora {shard}': ['sft.py', *SFT, '--dtype=bfloat16', f'--shard={shard}', '--lora_rank=4']}
-    commands = {n: [command(coin, folder / n / name, *job) for name, job in jobs.items()] for n, jobs in (('one', one), ('two', two))}
-    for n in ('one', 'two'):
-        commands[n] += [[f'{folder}/draw.py', f'{folder}/tied', f'{folder}/{n}/drawn.json']]
-    run_all(1, commands['one'])
-    (folder / 'one' / 'torn' / 'state' / '00000003' / 'sha256.json').write_text('{"state')
-    commands['two'] += [[*command(coin, folder / 'one' / 'torn', *one['torn']), '--init_from=resume'], [f'{folder}/part.py', str(folder)]]
-    (folder / 'two' / 'said').write_text(json.dumps(run_all(2, commands['two'])))
+    torn, ppo = folder / 'one' / 'torn', [*PPO, '--value_warmup=1']
+    states = [*SFT, '--save_interval=1', '--max_steps=3', '--keep_states=2']
+    one, two = {'sft': SFT, 'torn': states, 'ppo': ppo, 'group': GROUP}, {'group fsdp': [*GROUP, '--shard=fsdp']}
+    for flag in ('--shard=ddp', '--shard=fsdp'):
+        bf16 = [*SFT, '--dtype=bfloat16']  # the type that GPUs compute in
+        for name, job in (('sft', SFT), ('ppo', ppo), ('bf16', bf16),
+                          ('bf16 lora', [*bf16, '--lora_rank=4'])):
+            two[f'{name} {flag[8:]}'] = [*job, flag]
+
+    def commands(n, jobs):
+        return [*(command(coin, folder / n / name, *job) for name, job in jobs.items()),
+                [f'{folder}/draw.py', f'{folder}/tied', f'{folder}/{n}/drawn.json']]
+    run_all(1, commands('one', one))
+    (torn / 'state' / '00000003' / 'sha256.json').write_text('{"state')
+    said = run_all(2, [*commands('two', two), command(coin, torn, *states, '--init_from=resume'),
+                       [f'{folder}/part.py', f'{folder}/tied', f'{folder}/untied']])
+    (folder / 'two' / 'said').write_text(json.dumps(said))
     return folder
 
-
-def test_sft_is_the_same_on_two_processes(work):
+def test_two_processes_do_what_one_does(work):
+    one, two = work / 'one', work / 'two'
     for shard in ('ddp', 'fsdp'):
-        assert_same_sft(work / 'one' / 'sft', work / 'two' / f'sft {shard}')
-
-
-def test_ppo_is_the_same_on_two_processes(work):
-    for name, keys in (('ppo ddp', ['value_loss', 'explained_variance']), ('ppo fsdp', ['value_loss', 'explained_variance']), ('group fsdp', [])):
-        assert_same_ppo(work / 'one' / name.split()[0], work / 'two' / name, keys)
-
-
-def test_bf16_under_fsdp_is_bf16_under_ddp(work):
-    """Within its rounding, with and without adapters."""
-    for name in ('bf16', 'bf16 lora'):
-        ddp, fsdp = ([row['loss'] for row in log_of(work / 'two' / f'{name} {shard}', 'loss')] for shard in ('ddp', 'fsdp'))
+        assert_same_sft(one / 'sft', two / f'sft {shard}')
+        assert_same_ppo(one / 'ppo', two / f'ppo {shard}', 'value_loss', 'explained_variance')
+    assert_same_ppo(one / 'group', two / 'group fsdp')
+    for name in ('bf16', 'bf16 lora'):  # within its rounding
+        ddp, fsdp = ([row['loss'] for row in log_of(two / f'{name} {shard}', 'loss')] for shard in ('ddp', 'fsdp'))
         assert ddp == pytest.approx(fsdp, rel=0.03, abs=5e-3)
-
 
 def test_equal_prompts_in_different_processes_get_different_samples(work):
     one, two = (json.loads((work / n / 'drawn.json').read_text()) for n in ('one', 'two'))
-    assert one == two and len({tuple(ids) for ids in one}) == 14
-
+    assert one == two and len(set(map(tuple, one))) == 14
 
 def test_one_process_speaks_and_what_it_finds_is_known_to_all(work):
     """A state whose list of checksums is torn: process 0 alone reads it, and all take the state before."""
@@ -186,108 +168,96 @@ def test_one_process_speaks_and_what_it_finds_is_known_to_all(work):
     assert first.count('00000003 is broken') == 1
     assert [row['step'] for row in log_of(work / 'one' / 'torn', 'loss')] == [1, 2, 3, 3]
 
-
 def test_fsdp_holds_a_part_and_gives_back_the_whole(work):
     for name in ('tied', 'untied'):  # see PART, which has run
         assert_same_weights(work / name, work / f'{name}_again')
-        assert (work / name / 'value_head.safetensors').read_bytes() == (work / f'{name}_again' / 'value_head.safetensors').read_bytes()
-
+        head, again = (work / folder / 'value_head.safetensors' for folder in (name, f'{name}_again'))
+        assert head.read_bytes() == again.read_bytes()
 
 @pytest.mark.slow
 def test_three_processes_do_what_one_does(work, coin, tmp_path):
     """Every script; and a state of three processes, which two go on from, and then one."""
-    EI = [f'--base={coin}/policy', '--k=3', '--max_steps=3', '--batch_size=8', '--lr=1e-3']
-    jobs = {'separate': ['ppo.py', *PPO, '--critic=separate', '--replay=0.2'],
+    jobs = {'separate': [*PPO, '--critic=separate', '--replay=0.2'], 'prm': PRM,
             'ei': ['ei.py', *EI, '--n_questions=21', '--n_worked=7', '--n_rounds=2'],
-            'rcrl': ['rcrl.py', *EI, '--n_questions=9', '--n_worked=5', '--rollouts=3', '--right_share=0', '--shard=auto'],
-            'prm': ['rewards.py', '--kind=prm', '--n_questions=9', '--k=3', '--rollouts=2', '--heldout=6', '--batch_size=8', '--lr=1e-3', '--epochs=2']}
-    parts = ['sft.py', *SFT, '--save_interval=1']
+            'rcrl': ['rcrl.py', *EI, '--n_questions=9', '--n_worked=5', '--rollouts=3', '--right_share=0', '--shard=auto']}
+    parts, shard, one, three = [*SFT, '--save_interval=1'], ['--shard=fsdp'], tmp_path / '1', tmp_path / '3'
 
-    def commands(n):
-        shard = [] if n == 1 else ['--shard=fsdp']
-        runs = [command(coin, tmp_path / str(n) / name, *job, *shard) for name, job in jobs.items()]
-        evaluate = ['eval.py', *TINY[:2], '--max_rows=16', f'--task={coin}/task', f'--init_from={coin}/policy', '--split=val', '--n_problems=23', '--k=3']
-        return [*runs, [*evaluate, f'--out_dir={tmp_path}/{n}/ei'], [f'{work}/draw.py', f'{work}/tied', f'{tmp_path}/{n}/drawn.json'],
-                command(coin, tmp_path / f'parts{n}', *parts, '--max_steps=3', *shard)]
-    said = run_all(1, [*commands(1), *(command(coin, tmp_path / 'parts1', *parts, '--init_from=resume', f'--max_steps={last}') for last in (4, 5))])
+    def commands(out, flags):
+        return [*(command(coin, out / name, *job, *flags) for name, job in jobs.items()),
+                command(coin, out / 'ei', 'eval.py', '--split=val', '--n_problems=23', '--k=3'),
+                [f'{work}/draw.py', f'{work}/tied', f'{out}/drawn.json'],
+                command(coin, out / 'parts', *parts, '--max_steps=3', *flags)]
+
+    def goes_on(out, last, *flags):
+        return command(coin, out / 'parts', *parts, '--init_from=resume', f'--max_steps={last}', *flags)
+    said = run_all(1, [*commands(one, []), goes_on(one, 4), goes_on(one, 5)])
     assert 'resumed with other settings' in said[0]
-    said = run_all(3, [*commands(3), command(coin, tmp_path / '3' / 'sft', 'sft.py', *SFT, '--shard=fsdp', '--grad_checkpointing', '--micro_tokens=64')])
+    checkpointing = [*SFT, *shard, '--grad_checkpointing', '--micro_tokens=64']
+    said = run_all(3, [*commands(three, shard), command(coin, three / 'sft', *checkpointing)])
     assert [text.count('| run |') for text in said] == [1, 0, 0]
-    assert_same_sft(work / 'one' / 'sft', tmp_path / '3' / 'sft')
-    assert_same_ppo(tmp_path / '1' / 'separate', tmp_path / '3' / 'separate', ['value_loss', 'explained_variance'])
-    for file in ('ei/samples_round1.jsonl', 'ei/eval_task.jsonl', 'rcrl/samples.jsonl', 'rcrl/labels.jsonl', 'prm/samples_train.jsonl',
-                 'prm/labels_train.jsonl', 'prm/labels_val.jsonl', 'drawn.json'):
-        assert (tmp_path / '1' / file).read_text() == (tmp_path / '3' / file).read_text() != '', file
+    assert_same_sft(work / 'one' / 'sft', three / 'sft')
+    assert_same_ppo(one / 'separate', three / 'separate', 'value_loss', 'explained_variance')
+    for file in ('ei/samples_round1.jsonl', 'ei/eval_task.jsonl', 'rcrl/samples.jsonl', 'rcrl/labels.jsonl',
+                 'prm/samples_train.jsonl', 'prm/labels_train.jsonl', 'prm/labels_val.jsonl', 'drawn.json'):
+        assert (one / file).read_text() == (three / file).read_text() != '', file
+    assert len((one / 'ei' / 'eval_task.jsonl').read_text().splitlines()) == 23
     for folder in ('ei/round1', 'rcrl/best', 'prm/best'):
-        assert_same_weights(tmp_path / '1' / folder, tmp_path / '3' / folder, 1e-5)
-    assert len((tmp_path / '1' / 'ei' / 'eval_task.jsonl').read_text().splitlines()) == 1 + 23
-    one, three = (log_of(tmp_path / n / 'prm', 'heldout_auroc')[-1] for n in '13')
-    assert one['calibration_error'] == pytest.approx(three['calibration_error'], rel=1e-4)
-    # the state of three
-    state = tmp_path / 'parts3' / 'state' / '00000003'
-    assert sum(name.endswith('.safetensors') for name in os.listdir(state)) == 3
-    for n, last in ((2, 4), (1, 5)):
-        run_all(n, [command(coin, tmp_path / 'parts3', *parts, '--init_from=resume', f'--max_steps={last}', *(['--shard=fsdp'] if n > 1 else []))])
-    assert [row['step'] for row in log_of(tmp_path / 'parts3', 'loss')] == [1, 2, 3, 4, 5]
-    assert_same_weights(tmp_path / 'parts1' / 'last', tmp_path / 'parts3' / 'last', 1e-5)
-
-
-# -----------------------------------------------------------------------------
-# starts and restarts
+        assert_same_weights(one / folder, three / folder, 1e-5)
+    found, expected = (log_of(out / 'prm', 'heldout_auroc')[-1]['calibration_error'] for out in (one, three))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert len(list((three / 'parts' / 'state' / '00000003').glob('*.safetensors'))) == 3
+    run_all(2, [goes_on(three, 4, *shard)])
+    run_all(1, [goes_on(three, 5)])
+    assert [row['step'] for row in log_of(three / 'parts', 'loss')] == [1, 2, 3, 4, 5]
+    assert_same_weights(one / 'parts' / 'last', three / 'parts' / 'last', 1e-5)
 
 def meeting(store, numbers, n):
-    """What model.meet gives to these of n processes, here threads: {number: a name or an error}."""
-    found = {}
-
+    """What run.meet gives to these of n processes, here threads: {number: a name or an error}."""
     def enter(number):
+        time.sleep(0.02 * numbers.index(number))  # some read before the others have written
         try:
-            found[number] = meet(store, number, n)
+            return run.meet(store, number, n)
         except UserError as error:
-            found[number] = error
-    threads = [threading.Thread(target=enter, args=(number,)) for number in numbers]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.02)  # some read before the others have written
-    for thread in threads:
-        thread.join()
-    return found
+            return str(error)
+    with ThreadPoolExecutor(n) as threads:
+        return dict(zip(numbers, threads.map(enter, numbers)))
 
-
-def test_a_start_has_one_name_and_no_other_start_has_it(monkeypatch):
-    """Whatever is left in the store: all of an earlier start, parts of one that was killed while it met, a start of another size."""
-    store, names = dist.HashStore(), []
+def test_a_start_has_a_name_of_its_own_or_says_who_did_not_come(monkeypatch):
+    """Whatever is left in the store: an earlier start, parts of one that was killed, a start of another
+    size."""
+    assert timedelta(minutes=1) < run.START_PATIENCE < timedelta(minutes=30) < timedelta(hours=1) < run.PATIENCE
+    store, names = dist.HashStore(), set()
     for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
         found = meeting(store, order, 3)
-        assert len(set(found.values())) == 1 and sorted(found) == [0, 1, 2]
-        names.append(found[0])
-        with monkeypatch.context() as m:
-            m.setattr(model, 'START_PATIENCE', timedelta(seconds=0.2))
+        assert len(set(found.values())) == 1 and found[0] not in names
+        names.add(found[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(run, 'START_PATIENCE', timedelta(seconds=0.2))
             meeting(store, [0, 2], 3), meeting(store, [1], 3)
-    names.append(meeting(store, range(4), 4)[1])
-    assert len(set(names)) == 4
-
-
-def test_a_start_waits_minutes_and_says_for_whom(monkeypatch):
-    assert timedelta(minutes=1) < model.START_PATIENCE < timedelta(minutes=30) < timedelta(hours=1) < model.PATIENCE
-    store = dist.HashStore()
+    assert meeting(store, [0, 1, 2, 3], 4)[1] not in names
     for numbers, seconds in (([0], 0), ([1, 3], 1)):  # process 0 was there before, process 2 never
-        monkeypatch.setattr(model, 'START_PATIENCE', timedelta(seconds=seconds))
-        found = meeting(store, numbers, 4)
-    for number in (1, 3):
-        assert str(found[number]) == f'process {number} of 4 waited 0:00:01 for those that did not come: 0, 2'
-    with socket.socket() as nobody:  # a port where nobody answers
-        nobody.bind(('127.0.0.1', 0))
-        for name, value in {'RANK': 1, 'WORLD_SIZE': 2, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': nobody.getsockname()[1]}.items():
-            monkeypatch.setenv(name, str(value))
-        with pytest.raises(UserError, match='waited 0:00:01 for the others'):
-            model.join_job(torch.device('cpu'))
+        monkeypatch.setattr(run, 'START_PATIENCE', timedelta(seconds=seconds))
+        found = meeting(store, numbers, 5)
+    assert found == {number: f'process {number} of 5 waited 0:00:01 for processes 0, 2, 4' for number in (1, 3)}
+    # nobody answers
+    place = {'RANK': '1', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port()}
+    monkeypatch.setattr(os, 'environ', os.environ | place)
+    with pytest.raises(UserError, match='waited 0:00:01 for the others'):
+        run.join_job(torch.device('cpu'))
 
-
-def two_agents(folder, moments, *command):
-    """Runs the command under two agents of torchrun with a process each, of which process 1 is killed once at each of the moments."""
-    agent = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--max-restarts=3', '--rdzv_backend=c10d',
-             f'--rdzv_endpoint=127.0.0.1:{free_port()}', '--rdzv_id=x', '--local_addr=127.0.0.1', 'tests/dies_once.py', str(folder), moments, *command]
-    agents = [subprocess.Popen(agent, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+@pytest.mark.slow
+@pytest.mark.parametrize('moments, name, job', [
+    ('validation', 'sft ddp', SFT),  # the other process hears of it from its agent, which counts no failure
+    ('step,state,validation', 'ppo ddp', [*PPO, '--value_warmup=1', '--save_interval=1'])])
+def test_killed_at_some_moments_a_run_on_two_hosts_ends_the_same(work, coin, tmp_path, moments, name, job):
+    """Two agents of torchrun with a process each, of which process 1 is killed once at each of the
+    moments."""
+    place = ['--nnodes=2', '--max-restarts=3', '--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{free_port()}',
+             '--rdzv_id=x', '--local_addr=127.0.0.1']
+    start = [*torchrun(1, *place), 'tests/dies_once.py', str(tmp_path), moments,
+             *command(coin, tmp_path / 'run', *job)]
+    agents = [subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+              for _ in range(2)]
     try:
         said = [agent.communicate(timeout=300)[0] for agent in agents]
     finally:
@@ -295,56 +265,39 @@ def two_agents(folder, moments, *command):
             agent.terminate()
             agent.wait(60)
     assert [agent.returncode for agent in agents] == [0, 0], said
-    assert all(os.path.exists(os.path.join(folder, moment)) for moment in moments.split(','))  # it was killed there
-    return said
-
-
-@pytest.mark.slow
-def test_killed_while_it_validates_a_run_on_two_hosts_goes_on(work, coin, tmp_path):
-    """The other process hears of it from its agent, which counts no failure."""
-    two_agents(tmp_path, 'validation', *command(coin, tmp_path / 'run', 'sft.py', *SFT))
-    assert_same_run(work / 'two' / 'sft ddp', tmp_path / 'run', 2)
-
+    assert all((tmp_path / moment).exists() for moment in moments.split(','))
+    assert ''.join(said).count('exitcode: -9') == len(moments.split(','))
+    assert_same_run(work / 'two' / name, tmp_path / 'run', 2)
 
 @pytest.mark.slow
-def test_killed_at_several_moments_a_run_on_two_hosts_ends_the_same(work, coin, tmp_path):
-    said = two_agents(tmp_path, 'step,state,validation', *command(coin, tmp_path / 'run', 'ppo.py', *PPO, '--value_warmup=1', '--save_interval=1'))
-    assert ''.join(said).count('exitcode: -9') == 3
-    assert_same_run(work / 'two' / 'ppo ddp', tmp_path / 'run', 3)
-
-
-@pytest.mark.slow
-def test_a_process_that_dies_ends_the_job_and_a_signal_saves(coin, tmp_path):
-    for name, number in (('killed', signal.SIGKILL), ('stopped', signal.SIGTERM)):
-        run = tmp_path / name
-        job = subprocess.Popen([*torchrun(2), *command(coin, run, 'ppo.py', *PPO, '--n_iterations=1000', '--save_interval=1000')], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        try:
-            until(lambda: (run / 'log.jsonl').exists() and (run / 'log.jsonl').read_text().count('share_correct') >= 2, job)
-            workers = subprocess.run(['pgrep', '-P', str(job.pid)], capture_output=True, text=True).stdout.split()
-            assert len(workers) == 2
-            os.kill(int(workers[1]) if name == 'killed' else job.pid, number)
-            said = job.communicate(timeout=120)[1]
-        finally:
-            job.terminate()
-            job.wait(60)
-        assert job.returncode != 0
-        if name == 'killed':
-            assert 'Signal 9 (SIGKILL)' in said and not (run / 'state').exists()
-        else:
-            assert 'stopped after iteration' in said and 'torchrun --nproc_per_node=2' in said, said
-            assert len(os.listdir(run / 'state')) == 1
-
+@pytest.mark.parametrize('number, said', [(signal.SIGKILL, 'Signal 9 (SIGKILL)'), (signal.SIGTERM, 'stopped after iteration')])
+def test_a_process_that_dies_ends_the_job_and_a_signal_saves(coin, tmp_path, number, said):
+    job = subprocess.Popen([*torchrun(2), *command(coin, tmp_path, *PPO, '--n_iterations=1000', '--save_interval=1000')],
+                           cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    log = tmp_path / 'log.jsonl'
+    try:
+        until(lambda: log.exists() and log.read_text().count('share_correct') >= 2, job)
+        workers = subprocess.run(['pgrep', '-P', str(job.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(workers[1]) if number == signal.SIGKILL else job.pid, number)
+        stderr = job.communicate(timeout=120)[1]
+    finally:
+        job.terminate()
+        job.wait(60)
+    assert job.returncode != 0 and said in stderr, stderr
+    assert ('torchrun --nproc_per_node=2' in stderr) == (tmp_path / 'state').exists() == (number == signal.SIGTERM)
 
 @pytest.mark.slow
 def test_what_torchrun_starts_refuses(work, coin, tmp_path):
-    """One mistake is said once; and a restart does not take another run, of a job whose rendezvous has the same name, for its own."""
+    """One mistake is said once; and a job of torchrun whose rendezvous has another job's name resumes none of
+    its runs."""
     shutil.copytree(work / 'one' / 'sft', tmp_path / 'other')
-    config = json.loads((tmp_path / 'other' / 'config.json').read_text()) | {'_job': 'x'}
-    (tmp_path / 'other' / 'config.json').write_text(json.dumps(config))
-    named = [*torchrun(1)[:3], '--nproc_per_node=1', '--max-restarts=1', '--rdzv_backend=c10d', '--rdzv_endpoint=127.0.0.1:0', '--rdzv_id=x']
-    for launcher, flags, line, times in ((torchrun(2), [f'--out_dir={tmp_path}/run', '--task=nowhere'], 'error.*nowhere', 1),
-                                         (named, [f'--out_dir={tmp_path}/other', '--seed=5'], 'error: .*holds another run', 2)):
-        done = subprocess.run([*launcher, *command(coin, tmp_path / 'run', 'sft.py', *SFT, *flags)], cwd=ROOT, capture_output=True, text=True)
+    config = (tmp_path / 'other' / 'config.json').read_text().replace('"_job": ""', '"_job": "x"')
+    (tmp_path / 'other' / 'config.json').write_text(config)
+    named = torchrun(1, '--max-restarts=1', '--rdzv_backend=c10d',
+                     '--rdzv_endpoint=127.0.0.1:0', '--rdzv_id=x')
+    for launcher, name, flag, line, times in ((torchrun(2), 'run', '--task=nowhere', 'error.*nowhere', 1),
+                                              (named, 'other', '--seed=5', 'error: .*holds a run', 2)):
+        done = subprocess.run([*launcher, *command(coin, tmp_path / name, *SFT, flag)], cwd=ROOT,
+                              text=True, capture_output=True)
         assert done.returncode != 0 and len(re.findall(f'^{line}', done.stderr, re.M)) == times, done.stderr
-    assert not (tmp_path / 'run').exists() and json.loads((tmp_path / 'other' / 'config.json').read_text()) == config
+    assert not (tmp_path / 'run').exists() and (tmp_path / 'other' / 'config.json').read_text() == config

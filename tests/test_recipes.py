@@ -1,200 +1,211 @@
-"""The recipes in config/: each loads into its script, names files that exist, and states the memory and the disk that the script will print."""
+"""The recipes in config/: each loads into its script, names files that exist, and states the memory and disk
+that the script prints. `python tests/test_recipes.py --write` puts these numbers into the headers."""
 import functools
 import importlib
-import json
 import os
 import re
+import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from conftest import GPT2, ROOT, real_data
+from test_rewards import log_of
 
-import model
-import rewards
+import data
 from config import override
-from model import ModelConfig, Transformer, disk_needed, memory_needed, sharding
-from sample import load_tokenizer
+from model import ModelConfig, Transformer, sharding
+from sample import disk_needed, load_tokenizer, memory_needed
 
-RECIPES = sorted(name for name in os.listdir(os.path.join(ROOT, 'config')) if name.endswith('.py') and name != '__init__.py')
-SCRIPTS = {'_ppo': 'ppo', '_rcrl': 'rcrl', '_ei': 'ei', '_orm.': 'rewards', '_prm.': 'rewards'}  # part of a recipe's name -> its script
-LLAMA = dict(vocab_size=32000, block_size=4096, head_dim=128, tied=False)
-SHAPES = {  # part of a checkpoint's name -> the public shape of the model, or of the one that it was made of
-    'smollm2': ModelConfig(vocab_size=49152, block_size=8192, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, head_dim=64, n_inner=1536),
-    'qwen2.5-0.5b': ModelConfig(vocab_size=151936, block_size=32768, n_layer=24, n_head=14, n_kv_head=2, n_embd=896, head_dim=64, n_inner=4864,
-                                qkv_bias=True),
-    'gpt2': ModelConfig(**GPT2 | dict(n_kv_head=12), vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, head_dim=64, n_inner=3072),
-    '7b': ModelConfig(n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, n_inner=11008, **LLAMA),
-    '13b': ModelConfig(n_layer=40, n_head=40, n_kv_head=40, n_embd=5120, n_inner=13824, **LLAMA)}
+RECIPES = sorted(name for name in os.listdir(os.path.join(ROOT, 'config'))
+                 if name.endswith('.py') and name not in ('__init__.py', 'run.py'))
+REAL = [name for name in RECIPES if not name.startswith('demo')]
+# part of a recipe's name -> its script; part of a checkpoint's name -> the public shape of the model
+SCRIPTS = {'_ppo': 'ppo', '_rcrl': 'rcrl', '_ei': 'ei', '_orm.': 'rewards', '_prm.': 'rewards'}
+
+FIELDS = 'vocab_size block_size n_layer n_head n_kv_head n_embd head_dim n_inner'.split()
+SHAPES = {part: ModelConfig(**more | dict(zip(FIELDS, sizes))) for part, more, *sizes in (
+    ('smollm2', {}, 49152, 8192, 30, 9, 3, 576, 64, 1536),
+    ('qwen2.5-0.5b', {'qkv_bias': True}, 151936, 32768, 24, 14, 2, 896, 64, 4864),
+    ('gpt2', GPT2, 50257, 1024, 12, 12, 12, 768, 64, 3072),
+    ('7b', {'tied': False}, 32000, 4096, 32, 32, 32, 4096, 128, 11008),
+    ('13b', {'tied': False}, 32000, 4096, 40, 40, 40, 5120, 128, 13824))}
 LONGEST_PROMPT = {'gsm8k': 250, 'svamp': 110, 'two examples': 600}  # tokens
 
+def read(file):
+    with open(os.path.join(ROOT, file)) as f:
+        return f.read()
 
 def settings_of(name, *flags):
-    """-> the recipe's script, its settings and its text"""
+    """-> (the recipe's script, its settings)"""
     script = next((script for part, script in SCRIPTS.items() if part in name), 'sft')
-    settings, path = dict(vars(importlib.import_module(script))), os.path.join(ROOT, 'config', name)
-    defaults = dict(settings)
-    values = override(settings, [path, *flags])
-    assert any(values[key] != defaults[key] for key in values)
-    with open(path) as f:
-        return script, values, f.read()
+    defaults = dict(vars(importlib.import_module(script)))
+    settings = override(dict(defaults), [os.path.join(ROOT, 'config', name), *flags])
+    assert any(settings[key] != defaults[key] for key in settings)
+    return script, settings
 
-
-def test_recipes_load_into_their_scripts(capsys):
+def test_recipes_load_into_their_scripts():
     found = {name: settings_of(name) for name in RECIPES}
-    for name, (script, values, text) in found.items():
-        assert values['out_dir'] == f'out/{name[:-3]}'
-        assert text.startswith('#') and f' {script}.py config/{name}' in text  # what it is for, and the exact command
-        budget = f'--max_new_tokens={values["max_new_tokens"]}'  # evaluated as it was trained
-        for command in re.findall(r'eval\.py --init_from.*?(?=&&|\n|  )', text):
-            assert budget in command or values['max_new_tokens'] == 256, (name, command)
     sft, sft_long, ei = (found[f'demo_{which}.py'][1] for which in ('sft', 'sft_long', 'ei'))
-    for name in RECIPES:
-        if name.startswith('demo_ppo'):  # like with like: from the same checkpoint, with as many samples as Expert Iteration or fewer
-            ppo = found[name][1]
-            assert ppo['init_from'] == ei['init_from'] and ppo['n_questions'] == ei['n_questions']
-            assert ppo['n_iterations'] * ppo['n_rollouts'] <= ei['n_questions'] * ei['k'] * ei['n_rounds']
-    # a recipe's own arithmetic: the control takes as many updates as SFT and the rounds of EI together
+    for name, (script, s) in found.items():
+        text, budget = read(f'config/{name}'), s['max_new_tokens']
+        assert s['out_dir'] == f'out/{name[:-3]}'
+        assert text.startswith('#') and f' {script}.py config/{name}' in text  # the exact command
+        for command in re.findall(r'eval\.py --init_from.*?(?=&&|\n|  )', text):  # in the same budget
+            assert f'--max_new_tokens={budget}' in command or budget == 256, (name, command)
+        if name.startswith('demo_ppo'):  # from EI's checkpoint, with at most as many samples
+            assert s['init_from'] == ei['init_from'] and s['n_questions'] == ei['n_questions']
+            assert s['n_iterations'] * s['n_rollouts'] <= ei['n_questions'] * ei['k'] * ei['n_rounds']
+    # the control takes as many updates as SFT and the rounds of EI together
     assert sft_long['max_steps'] == sft['max_steps'] + ei['n_rounds'] * ei['max_steps']
     assert sft_long['batch_size'] == sft['batch_size'] == ei['batch_size']
 
-
 def test_commands_name_files_that_exist():
     for file in ['README.md', 'config/demo.sh'] + [f'config/{name}' for name in RECIPES]:
-        with open(os.path.join(ROOT, file)) as f:
-            named = re.findall(r'(?:config|data|tests)/[\w/.]*\.(?:py|sh)|(?<=python )\w+\.py', f.read())
-        assert named and not [path for path in named if not os.path.exists(os.path.join(ROOT, path))]
-
-
-# -----------------------------------------------------------------------------
-# what headers say of memory and disk
+        named = re.findall(r'(?:config|data|tests)/[\w/.]*\.(?:py|sh)|(?<=python )\w+\.py', read(file))
+        assert named and not [path for path in named if not os.path.exists(os.path.join(ROOT, path))], file
 
 @functools.cache
 def transformer(part, learns=False, lora_rank=0, value_head=False):
     with torch.device('meta'):
-        m = Transformer(SHAPES[part]).to(torch.float32 if learns and not lora_rank else torch.bfloat16).requires_grad_(learns)
-        if value_head:
-            m.add_value_head()
+        m = Transformer(SHAPES[part]).to(torch.float32 if learns and not lora_rank else torch.bfloat16)
+        m = m.requires_grad_(learns).add_value_head() if value_head else m.requires_grad_(learns)
         return m.add_lora(lora_rank) if lora_rank else m
 
-
-def part_of(path):
-    return next(part for part in SHAPES if part in path.lower())
-
-
 def printed(script, s):
-    """-> (GiB, GiB, GiB): the most memory, and the disk at most and when finished, of the lines that the script prints for these settings on
-    GPUs. On the meta device, which has no memory and for the arithmetic is no CPU."""
+    """-> (the most memory, the disk at most, when finished) that the script prints on GPUs: on meta devices,
+    which have no memory and for the arithmetic are no CPU."""
+    def part_of(path):
+        return next(part for part in SHAPES if part in path.lower())
+
     def load(path, learns=False, shard='none', value_head=False):
         m = transformer(part_of(path), learns, s['lora_rank'] * learns, value_head)
-        m.shard, m.grad_checkpointing = sharding(shard, m, torch.device('cuda')), s['grad_checkpointing']
+        m.shard = sharding(shard, m, torch.device('cuda'))
+        m.grad_checkpointing = s['grad_checkpointing']
         return m
 
     def needed(models, learns, draws):
-        rows = (s['max_rows'], LONGEST_PROMPT['two examples' if s.get('few_shot') else s['task']], s['max_new_tokens']) if draws else ()
-        return memory_needed(models, torch.bfloat16, s['micro_tokens'] if learns else 0, 0, *rows)
+        prompt = LONGEST_PROMPT['two examples' if s.get('few_shot') else s['task']]
+        rows = (s['max_rows'], prompt, s['max_new_tokens']) if draws else ()
+        line = memory_needed(models, torch.bfloat16, s['micro_tokens'] if learns else 0, 0, *rows)
+        return re.match(r'memory of a process at most about ([\d.]+) GiB', line)[1]
 
     first, base, shard = s['init_from'], s.get('base') or s['init_from'], s['shard']
-    scorer = [load(s['reward_model'])] if s.get('reward_model') else []
-    if script == 'sft':
-        lines, n_exports = [needed([load(first, True, shard)], True, True)], 2
-    elif script == 'ei':
-        lines = [needed([load(first)] + scorer, False, True), needed([load(base, True, shard)] + scorer, True, False)]
-        n_exports = s['n_rounds'] + 1
-    elif script == 'ppo':
-        policy = load(first, True, shard, s['advantage'] == 'gae')
-        for m in scorer:
+    others = [load(s['reward_model'])] if s.get('reward_model') else []
+    if script in ('sft', 'ppo'):  # learns and samples
+        policy = load(first, True, shard, s.get('advantage') == 'gae')
+        others += [load(first)] if script == 'ppo' and not s['lora_rank'] else []
+        for m in others:
             m.shard = policy.shard
-        reference = [] if s['lora_rank'] else [load(first, shard=policy.shard)]
-        lines, n_exports = [needed([policy] + reference + scorer, True, True)], 2
-    else:  # rcrl samples and validates, rewards only learns after its samples were drawn
-        lines = [needed([load(first)], False, True), needed([load(base, True, shard, script == 'rewards')], True, script == 'rcrl')]
-        n_exports = 3 if script == 'rcrl' else 1
-    memory = max(float(re.match(r'memory of a process at most about ([\d.]+) GiB', line)[1]) for line in lines)
-    disk = re.match(r'disk at most about ([\d.]+) GiB, ([\d.]+ .iB) when', disk_needed(SHAPES[part_of(base)], n_exports, s.get('keep_states', 0), s['lora_rank']))
-    return memory, disk[1] + ' GiB', disk[2]
+        sizes = [needed([policy] + others, True, True)]
+    else:  # samples, then learns; rcrl validates, too
+        sizes = [needed([load(first)] + others, False, True)]
+        sizes.append(needed([load(base, True, shard, script == 'rewards')] + others, True, script == 'rcrl'))
+    n_exports = {'sft': 2, 'ppo': 2, 'rcrl': 3, 'rewards': 1, 'ei': s.get('n_rounds', 0) + 1}[script]
+    line = disk_needed(SHAPES[part_of(base)], n_exports, s.get('keep_states', 0), s['lora_rank'])
+    disk = re.match(r'disk at most about ([\d.]+ .iB), ([\d.]+ .iB) when', line)
+    return max(sizes, key=float) + ' GiB', *disk.groups()
 
+def claims(name, text):
+    """-> [(start, end, what has to stand there)] of the header's numbers"""
+    def find(pattern):
+        return re.finditer(pattern.replace(' ', r'(?: |\n# )').replace('SIZE', r'([\d.]+ .iB)'), text)
 
-def test_headers_state_the_memory_and_the_disk_that_the_scripts_compute(monkeypatch, capsys):
-    for name in RECIPES:
-        if name.startswith('demo'):
-            continue
-        script, s, text = settings_of(name)
-        text = text.replace('\n# ', ' ')
-        gib, gpus, gb, disk, finished = re.search(r'Memory: ([\d.]+) GiB on (one GPU|each of 8 GPUs) of (\d+) GB\. '
-                                                  r'Disk: ([\d.]+ .iB), ([\d.]+ .iB) when finished', text).groups()
-        monkeypatch.setattr(model, 'world_size', lambda: 1 if gpus == 'one GPU' else 8)
-        monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=int(gb) * 1e9))
-        assert printed(script, s) == (float(gib), disk, finished), name
-        stated = [(gib, gb)]
-        for flags, gib, gb in re.findall(r'With (--\S+(?: --\S+)*): ([\d.]+) GiB of (\d+) GB', text):
-            assert printed(script, settings_of(name, *flags.split())[1])[0] == float(gib), (name, flags)
-            stated.append((gib, gb))
-        assert all(float(gib) * 2 ** 30 <= 0.95 * float(gb) * 1e9 for gib, gb in stated), name  # it fits what it recommends
-        for rows, own, prompt, mib, product in re.findall(r'# (\d+) \* \((\d+) of its own \+ (\d+) of the prompt\) \* ([\d.]+) MiB .* = ([\d.]+) GiB', text):
-            assert (int(rows), int(own)) == (s['max_rows'], s['max_new_tokens']), name
-            assert int(rows) * (int(own) + int(prompt)) * float(mib) / 1024 == pytest.approx(float(product), rel=0.01), name
+    def computed(gb, *flags):
+        card = SimpleNamespace(total_memory=int(gb) * 1e9)
+        with mock.patch('torch.distributed.is_initialized', lambda: True), \
+                mock.patch('torch.distributed.get_world_size', lambda: n_gpus), \
+                mock.patch('torch.cuda.get_device_properties', lambda device: card):
+            found = printed(*settings_of(name, *flags))
+        assert float(found[0][:-4]) * 2 ** 30 <= 0.95 * card.total_memory, (name, flags)  # it fits
+        return found
 
+    m, = find(r'Memory: SIZE on (one GPU|each of 8 GPUs) of (\d+) GB\. Disk: SIZE, SIZE when finished')
+    n_gpus = 1 if m[2] == 'one GPU' else 8
+    whole = [(*m.span(i), value) for i, value in zip((1, 4, 5), computed(m[3]))]
+    return whole + [(*m.span(2), computed(m[3], *m[1].split())[0])
+                    for m in find(r'With (--\S+(?: --\S+)*): SIZE of (\d+) GB')]
+
+@pytest.mark.parametrize('name', REAL)
+def test_headers_state_the_memory_and_the_disk_that_the_scripts_compute(name):
+    text, (_, s) = read(f'config/{name}'), settings_of(name)
+    for start, end, value in claims(name, text):
+        assert text[start:end] == value, text[start - 20:end + 20]
+    cache = r'# (\d+) \* \((\d+) of its own \+ (\d+) of the prompt\) \* ([\d.]+) MiB .* = ([\d.]+) GiB'
+    for rows, own, prompt, mib, product in re.findall(cache, text):
+        assert (int(rows), int(own)) == (s['max_rows'], s['max_new_tokens'])
+        found = int(rows) * (int(own) + int(prompt)) * float(mib) / 1024
+        assert found == pytest.approx(float(product), rel=0.01)
 
 def test_the_arithmetic_is_that_of_known_runs():
     """GiB by micro_tokens, for one GPU in bf16, beside the output projection's fp32 copy and gradient."""
-    for name, expected in (('smollm2', [16.0, 9.5, 6.3]), ('qwen2.5-0.5b', [32.0, 20.2, 14.4]), ('gpt2', [9.0, 5.9, 4.4])):
-        model = transformer(name, True)
-        projection = 10 * model.head.weight.numel() / 2 ** 30
-        found = [memory_needed([model], torch.bfloat16, n, 433) for n in (16384, 8192, 4096)]
-        assert [float(re.search(r'about ([\d.]+) GiB', line)[1]) - projection for line in found] == pytest.approx(expected, abs=0.1)
-    assert 12 * 6.74e9 / 2 ** 30 == pytest.approx(75.3, abs=0.05)  # 81 GB
-    line = disk_needed(SHAPES['7b'], 2, 1)
-    assert line.startswith('disk at most about 276.1 GiB, 125.5 GiB when finished: up to 3 states of 75.3 GiB, then 1, and 2 checkpoints of 25.1')
-    assert float(re.search(r'3 states of ([\d.]+) GiB', disk_needed(SHAPES['7b'], 2, 1, lora_rank=128))[1]) < 4
-
+    for name, *expected in (('smollm2', 16.0, 9.5, 6.3), ('qwen2.5-0.5b', 32.0, 20.2, 14.4),
+                            ('gpt2', 9.0, 5.9, 4.4)):
+        m = transformer(name, True)
+        m.shard, m.grad_checkpointing = 'none', False
+        lines = [memory_needed([m], torch.bfloat16, n, 433) for n in (16384, 8192, 4096)]
+        head = 10 * m.head.weight.numel() / 2 ** 30
+        found = [float(re.search(r'about ([\d.]+) GiB', line)[1]) - head for line in lines]
+        assert found == pytest.approx(expected, rel=0.02)
+    assert disk_needed(SHAPES['7b'], 2, 1) == (  # a state: 12 * 6.74e9 bytes = 75.3 GiB
+        'disk at most about 276.1 GiB, 125.5 GiB when finished: up to 3 states of 75.3 GiB, then 1, and 2 '
+        'checkpoints of 25.1 GiB')
+    line = disk_needed(SHAPES['7b'], 2, 1, lora_rank=128)
+    assert float(re.search(r'3 states of ([\d.]+) GiB', line)[1]) < 4
 
 def test_budgets_leave_room_for_the_data_sets_own_solutions(tmp_path):
-    """How many of the train solutions are longer than a budget, by tokenizer, and that prompts are no longer than the headers' arithmetic says."""
-    source = real_data('gsm8k', 'train.jsonl')
-    (tmp_path / 'train.jsonl').write_text(open(source, encoding='utf-8').read(), encoding='utf-8')
-    problems, examples = rewards.load_problems(str(tmp_path), 'train'), rewards.load_problems(str(tmp_path), 'val')[:2]
+    """How many train solutions exceed one, by tokenizer; prompts are as short as the arithmetic assumes."""
+    (tmp_path / 'train.jsonl').symlink_to(os.path.abspath(real_data('gsm8k', 'train.jsonl')))
+    problems, shown = data.load_problems(str(tmp_path), 'train'), data.load_problems(str(tmp_path), 'val')[:2]
     wordy = [p for p in problems if len(p.solution) > 360]  # characters: no shorter one has 250 tokens
     asking = sorted(problems, key=lambda p: len(p.question))[-100:]
     cut = {}
     for name in ('mistral', 'gpt2'):
         tok = load_tokenizer(real_data('tokenizers', name))
-        solutions = [tok.encode_pair(rewards.prompt(p.question), rewards.completion(p.solution))[1] for p in wordy]
-        cut[name] = [sum(len(ids) + 1 > budget for ids in solutions) for budget in (256, 384, 512)]  # + 1: the EOS
-        assert max(len(tok.encode_prompt(rewards.prompt(p.question))) for p in asking) <= LONGEST_PROMPT['gsm8k']
-        assert max(len(tok.encode_prompt(rewards.prompt(p.question, examples))) for p in asking) <= LONGEST_PROMPT['two examples']
-    assert len(problems) == 7217 and cut == {'mistral': [243, 6, 0], 'gpt2': [22, 0, 0]}  # of 7,217: 3.4% and 0.3% at 256
-
+        solutions = [tok.encode_pair(data.prompt(p.question), data.completion(p.solution))[1] for p in wordy]
+        cut[name] = [sum(len(ids) >= budget for ids in solutions) for budget in (256, 384, 512)]  # and an EOS
+        for examples, most in (((), 'gsm8k'), (shown, 'two examples')):
+            prompts = [tok.encode_prompt(data.prompt(p.question, examples)) for p in asking]
+            assert max(map(len, prompts)) <= LONGEST_PROMPT[most]
+    assert len(problems) == 7217 and cut == {'mistral': [243, 6, 0], 'gpt2': [22, 0, 0]}  # 3.4%, 0.3% at 256
 
 @pytest.mark.slow
 def test_the_demos_chain_runs_tiny(script, tmp_path):
-    script('data/arithmetic/prepare.py', f'--out={tmp_path}', '--n_train=300', '--n_test=12', '--n_base=400')
-    common = [f'--task={tmp_path}', '--max_steps=4', '--eval_problems=4', '--max_new_tokens=20', '--device=cpu']
-    script('sft.py', 'config/demo_base.py', *common, f'--text_file={tmp_path}/base.jsonl', f'--out_dir={tmp_path}/demo_base', '--n_layer=1',
-           '--n_merges=50', '--n_embd=16', '--n_head=2')
-    script('sft.py', 'config/demo_sft.py', *common, f'--init_from={tmp_path}/demo_base', f'--out_dir={tmp_path}/demo_sft', '--n_worked=20')
-    script('ei.py', 'config/demo_ei.py', *common, f'--init_from={tmp_path}/demo_sft', f'--base={tmp_path}/demo_base',
-           f'--out_dir={tmp_path}/demo_ei', '--n_worked=20', '--n_questions=30', '--k=2')
-    script('ppo.py', 'config/demo_ppo.py', *common[:1], *common[2:], f'--init_from={tmp_path}/demo_sft', f'--out_dir={tmp_path}/demo_ppo',
-           '--n_questions=30', '--n_iterations=2', '--n_rollouts=32', '--minibatch=16')
-    script('rcrl.py', 'config/demo_rcrl.py', *common, f'--init_from={tmp_path}/demo_ei', f'--base={tmp_path}/demo_base', '--n_questions=10',
-           f'--out_dir={tmp_path}/demo_rcrl', '--n_worked=20', '--right_share=0')
-    # the solutions that EI's first round drew from the SFT policy, of which a policy this small has none right: so labels are made
-    rows = [json.loads(line) for line in open(tmp_path / 'demo_ei' / 'samples_round1.jsonl')]
-    for row in rows:
-        row['samples'][0]['correct'] = True
-    (tmp_path / 'samples.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    script('rewards.py', 'config/demo_orm.py', common[0], *common[3:], f'--init_from={tmp_path}/demo_sft', f'--base={tmp_path}/demo_ei',
-           f'--samples={tmp_path}/samples.jsonl', '--k=2', '--n_questions=30', '--batch_size=4', '--balance=False', '--heldout=8',
-           f'--out_dir={tmp_path}/demo_orm')
-    for run in ('demo_sft', 'demo_ei', 'demo_ppo', 'demo_rcrl'):
-        script('eval.py', f'--init_from={tmp_path}/{run}', f'--task={tmp_path}', f'--scorer={tmp_path}/demo_orm', '--k=4', '--max_new_tokens=20')
-    script('eval.py', f'--init_from={tmp_path}/demo_rcrl', f'--task={tmp_path}', '--condition=bad', '--k=0', '--max_new_tokens=20')
-    table = script('eval.py', '--compare', *(f'{tmp_path}/{run}' for run in ('demo_sft', 'demo_ei', 'demo_ppo', 'demo_rcrl'))).stdout
-    assert table.count('| 12 |') == 5 and table.count('of its different equation sequences') == 3 and '| maj@1 | maj@4 | rerank@4 | weighted@4 | pass@4 |' in table
-    rows = [json.loads(line) for line in open(tmp_path / 'demo_ei' / 'log.jsonl')]
-    explored = [row for row in rows if 'samples_drawn' in row]
-    assert [row['samples_drawn'] for row in explored] == [60, 120]
-    for key in ('share_correct', 'share_truncated', 'unique_equations', 'solved', 'new_solutions', 'dataset'):
-        assert key in explored[0]
-    assert sum('val_maj1' in row for row in rows) == 2
+    out, task = str(tmp_path), [f'--task={tmp_path}', '--device=cpu', '--max_new_tokens=20']
+    script('data/arithmetic/prepare.py', f'--out={out}', '--n_train=300', '--n_test=12', '--n_base=400')
+    for command, name, flags in (
+            ('sft', 'base', 'STEPS --text_file=OUT/base.jsonl --n_layer=1 --n_merges=9 --n_embd=8'),
+            ('sft', 'sft', 'STEPS --init_from=OUT/base --n_worked=20'),
+            ('ei', 'ei', 'STEPS --init_from=OUT/sft --base=OUT/base --n_worked=20 --n_questions=30 --k=2'),
+            ('ppo', 'ppo', 'EVAL --init_from=OUT/sft --n_questions=30 --n_iterations=2 --n_rollouts=32 '
+             '--minibatch=16'),
+            ('rcrl', 'rcrl', 'STEPS --init_from=OUT/ei --base=OUT/base --n_questions=10 --n_worked=20 '
+             '--right_share=0'),
+            ('rewards', 'orm', '--init_from=OUT/sft --base=OUT/ei --samples=OUT/samples.jsonl --k=2 '
+             '--n_questions=30 --batch_size=4 --balance=False --heldout=8')):
+        few = {'STEPS': '--eval_problems=4 --max_steps=4', 'EVAL': '--eval_problems=4', 'OUT': out}
+        flags = re.sub('|'.join(few), lambda found: few[found[0]], flags)
+        script(f'{command}.py', f'config/demo_{name}.py', *task, f'--out_dir={out}/{name}', *flags.split())
+        if name == 'ei':  # a policy this small has none right among its solutions: so labels are made
+            samples = read(f'{out}/ei/samples_round1.jsonl')
+            samples = re.sub(r'("samples": .*?"correct": )false', r'\1true', samples)
+            (tmp_path / 'samples.jsonl').write_text(samples)
+    runs = [f'{out}/{run}' for run in ('sft', 'ei', 'ppo', 'rcrl')]
+    for folder in runs:
+        script('eval.py', f'--init_from={folder}', *task, f'--scorer={out}/orm', '--k=4')
+    script('eval.py', f'--init_from={out}/rcrl', *task, '--condition=bad', '--k=0')
+    table = script('eval.py', '--compare', *runs).stdout
+    assert table.count('| 12 |') == 5 and table.count('of its different equation sequences') == 3
+    assert '| maj@1 | maj@4 | rerank@4 | weighted@4 | pass@4 |' in table
+    assert [row['samples_drawn'] for row in log_of(tmp_path / 'ei', 'samples_drawn')] == [60, 120]
+    assert len(log_of(tmp_path / 'ei', 'val_maj1')) == 2
+
+
+if __name__ == '__main__' and '--write' in sys.argv:
+    for recipe in REAL:
+        header = read(f'config/{recipe}')
+        for start, end, value in sorted(claims(recipe, header), reverse=True):
+            header = header[:start] + value + header[end:]
+        with open(os.path.join(ROOT, 'config', recipe), 'w') as f:
+            f.write(header)

@@ -1,9 +1,9 @@
 """
-GSM8K (Cobbe et al. 2021, arXiv 2110.14168; MIT licence): 7,473 train and 1,319 test problems of the grade school, the
-official files as they are. Their form is the one that every other task is brought into.
+GSM8K (Cobbe et al. 2021, arXiv 2110.14168; MIT licence): 7,473 training and 1,319 test problems, grade school
+arithmetic in words. The official files are used unchanged; every other task is brought into their form.
 
 $ python data/gsm8k/prepare.py                 # downloads 5 MB from GitHub
-$ python data/gsm8k/prepare.py --source=DIR    # or takes DIR/train.jsonl and DIR/test.jsonl
+$ python data/gsm8k/prepare.py --source=DIR    # uses DIR/train.jsonl and DIR/test.jsonl
 """
 import hashlib
 import os
@@ -14,11 +14,11 @@ import urllib.request
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
-import rewards
 from config import UserError, override
+from data import VALIDATION_ROWS, read_problems
 
 # -----------------------------------------------------------------------------
-source = ''               # a folder that has the two files already; '': download them
+source = ''               # a folder that already has both files; '': download them
 out = ''                  # where train.jsonl and test.jsonl go; '': beside this script
 # -----------------------------------------------------------------------------
 
@@ -30,29 +30,30 @@ SHA256 = {
 
 
 def fetch(name, source):
-    """-> the bytes of the official file, from the folder source or the net; UserError where they are not to be had."""
+    """-> the official file's bytes, from source or GitHub. UserError if it can't be read or differs."""
     place = os.path.join(source, name) if source else URL + name
     try:
         with open(place, 'rb') if source else urllib.request.urlopen(place, timeout=60) as f:
-            data = f.read()
+            content = f.read()
     except OSError as e:  # urllib's errors are OSErrors too
-        raise UserError(f'cannot read {place}: {e}' + ('' if source else '; --source=DIR takes files that you have')) from None
-    found = hashlib.sha256(data).hexdigest()
+        hint = '' if source else '; --source=DIR takes files that you have'
+        raise UserError(f'cannot read {place}: {e}{hint}') from None
+    found = hashlib.sha256(content).hexdigest()
     if found != SHA256[name]:
         raise UserError(f'{place} is not the official file: its sha256 is {found}, not {SHA256[name]}')
-    return data
+    return content
 
 
 if __name__ == '__main__':
     override(globals())
     folder = out or HERE
     os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as tmp:  # both files, whole and checked, or neither
+    with tempfile.TemporaryDirectory(dir=folder) as tmp:  # both files, complete and checked, or neither
         for name in SHA256:
             path = os.path.join(tmp, name)
             with open(path, 'wb') as f:
                 f.write(fetch(name, source))
-            print(f'{name}: {len(rewards.read_problems(path)):,} problems')
+            print(f'{name}: {len(read_problems(path)):,} problems')
         for name in SHA256:
             os.replace(os.path.join(tmp, name), os.path.join(folder, name))
-    print(f'written to {folder}; the last {rewards.VALIDATION_ROWS} rows of train.jsonl are the validation slice')
+    print(f'written to {folder}; the last {VALIDATION_ROWS} rows of train.jsonl are the validation slice')
