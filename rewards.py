@@ -300,7 +300,7 @@ if __name__ == '__main__':
         shutil.copy(samples, f'{out_dir}/samples_train.jsonl')
 
     # 1. samples and their labels
-    examples = fitting(labelled(sampler, problems, 'train'), learner.block_size - 1, 'solutions')
+    examples = fitting(labelled(sampler, problems, 'train'), learner.block_size, 'solutions', 0)
     val_examples = labelled(sampler, val_problems, 'val')
     labels = [label for e in examples for label in e.labels if not math.isnan(label)]
     if len(examples) < batch_size or not val_examples or len(set(labels)) < 2:

@@ -106,9 +106,9 @@ def join(texts, n):
     """n texts a row (fewer in the last), with a blank line between them."""
     return ['\n\n'.join(texts[i:i + n]) for i in range(0, len(texts), n)]
 
-def fitting(examples, block_size, what='examples'):
-    """The examples that fit the context; prints how many do not."""
-    fits = [e for e in examples if len(e.ids) <= block_size + 1]  # the last id is only predicted
+def fitting(examples, block_size, what='examples', n_predicted=1):
+    """The examples that fit the context; prints how many do not. n_predicted: last ids that are not read."""
+    fits = [e for e in examples if len(e.ids) <= block_size + n_predicted]
     if len(fits) < len(examples):
         n_out = len(examples) - len(fits)
         print(f'left out: {n_out:,} of {len(examples):,} {what}, longer than the context of {block_size}')
