@@ -272,7 +272,7 @@ class Transformer(nn.Module):
             x = x + self.positions(positions)
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, use_reentrant=False)
+                x = checkpoint(block, x, rope, cache, use_reentrant=False)
             else:
                 x = block(x, rope, cache)
         return self.norm(x)

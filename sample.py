@@ -288,18 +288,12 @@ def round_up(n, multiple):
 
 def micro_batches(rows, max_tokens, length=lambda e: len(e.ids)):
     """Cuts rows (examples, or what `length` measures) into lists, the longest first, of at most max_tokens
-    with padding, or one row; where they are large, of similar length."""
-    micros, longest, padded = [], 0, 0
+    with padding, or one row."""
+    micros = []
     for row in sorted(rows, key=length, reverse=True):
-        if not micros or padded + longest > max_tokens or length(row) < 0.85 * longest and padded >= 1024:
+        if not micros or (len(micros[-1]) + 1) * length(micros[-1][0]) > max_tokens:
             micros.append([])
-            longest, padded = length(row), 0
         micros[-1].append(row)
-        padded += longest
-    if len(micros) > 1 and len(micros[-1]) == 1:  # for which torch.compile would make another graph
-        single, before = micros[-1], micros[-2]
-        if (len(before) + 1) * length(before[0]) <= max_tokens:
-            micros[-2:] = [before + single]
     return micros
 
 def my_micro_batches(rows, max_tokens, length=lambda e: len(e.ids)):
@@ -325,13 +319,38 @@ def epoch_order(examples, batch_size, seed, epoch):
         order += itertools.chain(*updates)
     return order + shuffled[max(whole, lead):]
 
+class Packing(NamedTuple):
+    """For Transformer.trunk in a cache's place: ids (1, N) are those of rows (B, T) without their padding,
+    and attention is causal within each row."""
+    cells: torch.Tensor   # (N,) the tokens' places among the B * T
+    source: torch.Tensor  # (B, T) which token stands in a place; in padding, which nobody reads, any
+
+    def attend(self, layer, q, k, v):
+        """q, k, v (1, heads, N, D) -> (1, heads, N, D)"""
+        tokens = (x[0].transpose(0, 1).index_select(0, self.source.flatten()) for x in (q, k, v))
+        rows = (x.unflatten(0, self.source.shape).transpose(1, 2) for x in tokens)  # (B, heads, T, D)
+        y = attend(*rows).transpose(1, 2).flatten(0, 1).index_select(0, self.cells)
+        return y.transpose(0, 1)[None]
+
+def hidden_at(model, ids, mask, trunk=None):
+    """Hidden states (n, C) where mask (B, T) is True. What follows a row's last True takes part in attention
+    only, but for up to 63 tokens: a CPU's kernels are made for each shape."""
+    trunk, needed = trunk or model.trunk, (mask.flip(1).cumsum(1) > 0).flip(1).flatten()
+    n_needed = max(1, int(needed.sum()))
+    needed[(~needed).nonzero()[:round_up(n_needed, 64) - n_needed]] = True
+    if needed.all():
+        return trunk(ids)[mask]
+    cells, source = needed.nonzero()[:, 0], (needed.cumsum(0) - 1).clamp(min=0).view_as(mask)
+    hidden = trunk(ids.flatten()[cells][None], (cells % ids.shape[1])[None], Packing(cells, source))
+    return hidden[0, source[mask]]
+
 def response_logprobs(model, examples, temperature=1.0, *, critic=None, with_entropy=False, trunk=None):
     """(log-probs, values, entropies) of the learned ids, (N,) fp32 each, row after row, or None where not
     asked for. critic: the model itself, which shares the pass, or another. trunk: a compiled model.trunk.
     Call it through model.run, within autocast."""
     ids, labels = collate(examples, model.embed.weight.device, model.config.block_size + 1)
     ids, targets, mask = ids[:, :-1], ids[:, 1:], ~labels[:, 1:].isnan()  # position t predicts id t + 1
-    hidden, values = (trunk or model.trunk)(ids)[mask], None              # (N, C)
+    hidden, values = hidden_at(model, ids, mask, trunk), None             # (N, C)
     logprobs, entropies = action_logprobs(model, hidden, targets[mask], temperature, with_entropy)
     if critic is not None:
         values = model.values(hidden) if critic is model else critic.run(values_at, ids, mask)
@@ -339,7 +358,7 @@ def response_logprobs(model, examples, temperature=1.0, *, critic=None, with_ent
 
 def values_at(model, ids, mask):
     """The scalar head's outputs (N,) where mask is True. ids, mask: (B, T)."""
-    return model.values(model.trunk(ids)[mask])
+    return model.values(hidden_at(model, ids, mask))
 
 @torch.no_grad()
 def response_tables(model, examples, temperature, dtype, max_tokens, *, critic=None, with_entropy=False):
