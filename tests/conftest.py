@@ -105,13 +105,13 @@ def run_all(n, commands):
 def run_script(*command, code=0):
     """Runs a script in this process, where there is nothing to import, and checks its exit code. -> what it
     printed (stdout, stderr)"""
-    out, err, ended, matmul = io.StringIO(), io.StringIO(), 0, torch.backends.mkldnn.matmul
+    out, err, ended = io.StringIO(), io.StringIO(), 0
+    matmul, precision = torch.backends.mkldnn.matmul, torch.backends.mkldnn.matmul.fp32_precision
     with (pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err),
           torch.random.fork_rng(devices=[])):
         patch.chdir(ROOT)
         patch.setattr(sys, 'argv', list(command))
-        for place, name in ((sys, 'excepthook'), (matmul, 'fp32_precision')):  # as they were, afterwards
-            patch.setattr(place, name, getattr(place, name))
+        patch.setattr(sys, 'excepthook', sys.excepthook)  # what a script changes for its process ends with it
         try:
             runpy.run_path(command[0], run_name='__main__')
         except SystemExit as stop:
@@ -120,6 +120,8 @@ def run_script(*command, code=0):
             with pytest.raises(SystemExit) as stop:  # or it was a bug
                 sys.excepthook(type(error), error, error.__traceback__)
             ended = stop.value.code
+        finally:
+            matmul.fp32_precision = precision
     assert ended == code, f'{command} ended with {ended}:\n{out.getvalue()}\n{err.getvalue()}'
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from config import UserError
 from config.run import bit_sum, setup
-from model import ModelConfig, Transformer, autocast, config_from_hf, find_checkpoint, make_optimizer
+from model import (ModelConfig, Transformer, attend, autocast, config_from_hf, find_checkpoint,
+                   make_optimizer)
 from sample import Example, Sampler, action_logprobs, load_tokenizer, token_logprobs
 from sft import finetune
 
@@ -254,6 +255,14 @@ def test_checkpointed_gradients_are_the_same_and_keep_less(family):
         found.append((sum(kept), [loss, *torch.autograd.grad(loss, list(model.parameters()))]))
     (before, plain), (after, again) = found
     assert all(map(torch.equal, plain, again)) and after < before / 3
+
+def test_attention_is_causal_and_groups_queries_in_short_rows_and_long_ones():
+    for T in (7, 520):  # long ones, and all on a GPU, are torch's kernel
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(2, n_heads, T, 8) for n_heads in (4, 2, 2))
+        scores = q @ k.repeat_interleave(2, 1).mT / 8 ** 0.5
+        scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+        torch.testing.assert_close(attend(q, k, v), scores.softmax(-1) @ v.repeat_interleave(2, 1))
 
 def test_weight_decay_is_for_matrices_and_the_first_loss_is_near_uniform():
     decayed, others = make_optimizer(Transformer(tiny_config(V, **GPT2)), 1e-3, 0.1).param_groups
