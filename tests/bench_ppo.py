@@ -8,7 +8,7 @@ clipped surrogate with a KL penalty. Rewards cost nothing. Prompts have one leng
 --fast_matmul=False. Each round is a fresh start of either, whose last iteration is timed.
 
 $ python tests/bench_ppo.py                                    # the Llama shape in fp32, one thread
-$ python tests/bench_ppo.py --pythons=trl=envs/trl/bin/python  # trl in an environment of its own
+$ python tests/bench_ppo.py --trl_python=envs/trl/bin/python   # trl in an environment of its own
 $ python tests/bench_ppo.py --spread
 """
 import json
@@ -21,8 +21,7 @@ import tempfile
 import time
 import types
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from bench_sample import ROOT, SHAPES, pin, set_up
 
 # -----------------------------------------------------------------------------
 shape = 'llama'       # see SHAPES in bench_sample.py
@@ -38,7 +37,7 @@ micro_rows = 16       # TRL: rollouts a micro-batch
 fast_matmul = True    # TRL: the fp32 products that our scripts use
 n_iterations = 2      # of a round, of which the last is timed (at least 2)
 engines = 'ours,trl'
-pythons = ''          # 'trl=PYTHON': the interpreter of an engine
+trl_python = ''       # the interpreter of an environment with TRL; '': this one
 dtype = 'float32'     # 'float32' | 'bfloat16'
 threads = 1
 rounds = 3
@@ -53,9 +52,8 @@ def trl(folder, work):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    from config.run import setup
     if work.fast_matmul:
-        setup(work.device, work.dtype, work.seed)
+        set_up(work)
     torch.set_num_threads(work.threads)
     ends = []
 
@@ -108,7 +106,7 @@ def ours(folder, settings):
     return [ROOT + '/ppo.py', *(f'--{name}={value}' for name, value in flags.items())], seconds
 
 def theirs(folder, settings):
-    return [os.path.abspath(__file__), '--worker', folder], lambda output: float(output.split()[-1])
+    return [os.path.abspath(__file__), '--trl', folder], lambda output: float(output.split()[-1])
 
 def prepare(folder, model, settings):
     """Writes the model, another as the reference, a tokenizer of one word an id, and a task of random
@@ -166,32 +164,24 @@ def iteration_flops(model):
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['--worker']:  # TRL's process
+    if sys.argv[1:2] == ['--trl']:  # its process
         with open(sys.argv[2] + '/work.json') as f:
             print(trl(sys.argv[2], types.SimpleNamespace(**json.load(f))))
         raise SystemExit
-    from bench_sample import SHAPES, pin
-
     from config import UserError, override
     settings = override(globals())
-    runs = {'ours': ours, 'trl': theirs}
+    runs = {'ours': (ours, ''), 'trl': (theirs, trl_python)}
     names = engines.split(',')
-    interpreters = dict(item.partition('=')[::2] for item in pythons.split(',') if item)
     for wrong, said in (
-            (not set(names) | set(interpreters) <= set(runs), f'engines are a list of {", ".join(runs)}'),
+            (not set(names) <= set(runs), f'engines are a list of {", ".join(runs)}'),
             (shape not in SHAPES, f'shape is one of {", ".join(SHAPES)}'),
             (minibatch % micro_rows or minibatch % n_per_question or n_rollouts % minibatch,
              'minibatch must be a multiple of micro_rows and n_per_question, n_rollouts of minibatch')):
         if wrong:
             raise UserError(said)
     pin(threads, device)
-    import torch
-
-    from config.run import setup
     from model import ModelConfig, Transformer, memory_bandwidth, peak_flops
-
-    torch.set_num_threads(threads)
-    torch_device, torch_dtype = setup(device, dtype, seed)
+    torch_device, torch_dtype = set_up(types.SimpleNamespace(**settings))
     vocabulary = {'vocab_size': 96} if spread else {}
     model = Transformer(ModelConfig(block_size=512, **SHAPES[shape] | vocabulary)).init_weights()
     found = {name: [] for name in names}  # (seconds, peak GiB) of each round
@@ -200,8 +190,9 @@ if __name__ == '__main__':
         prepare(folder, model, settings)
         for _ in range(rounds):
             for name in names:
-                command, seconds = runs[name](folder, settings)
-                said, peak = measure([interpreters.get(name, sys.executable), *command], folder)
+                run, python = runs[name]
+                command, seconds = run(folder, settings)
+                said, peak = measure([python or sys.executable, *command], folder)
                 found[name].append((seconds(said), peak))
 
     rate, flops = peak_flops(torch_device, torch_dtype, seconds=1.0), iteration_flops(model)

@@ -1,17 +1,12 @@
 """
-How fast is the sampler? The same random weights, prompts and output lengths for ours and for each engine that
-is installed, in interleaved rounds, with the medians and their ratios to ours. A run by hand, not a test:
-nothing here can fail.
+How fast is the sampler? The same random weights, prompts and output lengths for ours, transformers and vLLM,
+in interleaved rounds, with the medians and their ratios to ours. A run by hand, not a test: nothing here can
+fail.
 
 The work: prompts of 20 to 150 tokens, K samples of each, whose lengths are log-normal with median 75 and at
-most 128, known to nobody in advance. Ours, vLLM and OpenVINO GenAI take a budget for each sample and end it
-there; transformers and CTranslate2 know none, so that a batch runs to its longest sample and the others'
-surplus is not counted. Tokens a second are of the samples alone.
-
-Every engine runs in a process of its own, on the same pinned cores, and by the python that --pythons names
-for it (default: this one), since they want different versions of torch: an environment with vllm (on a CPU:
-one of its CPU builds), one with openvino-genai and optimum-intel[openvino], one with ctranslate2,
-transformers and torch.
+most 128, known to nobody in advance. Ours and vLLM take a budget for each sample and end it there;
+transformers knows none, so that a batch runs to its longest sample and the others' surplus is not counted.
+Tokens a second are of the samples only. Every engine runs in a process of its own, on the same pinned cores.
 
 --against=FOLDER times the code of another checkout instead, at some shapes, and prints its time over that of
 this one with the 95% interval of the median: at 1 or more this code is not slower.
@@ -19,8 +14,7 @@ this one with the 95% interval of the median: at 1 or more this code is not slow
 $ python tests/bench_sample.py                          # the Llama shape in fp32, one thread, 32 prompts * 8
 $ python tests/bench_sample.py --prompts=4 --k=96 --dtype=bfloat16
 $ python tests/bench_sample.py --shape=gpt2 --threads=2
-$ python tests/bench_sample.py --engines=all --pythons=vllm=envs/vllm/bin/python,openvino=envs/ov/bin/python
-$ python tests/bench_sample.py --scan=k --engines=ours  # a table over K; also rows, prompt, spread and shape
+$ python tests/bench_sample.py --engines=ours,vllm --vllm_python=envs/vllm/bin/python
 $ python tests/bench_sample.py --against=../before      # a checkout of an earlier commit
 $ python tests/bench_sample.py --shape=llama7b --device=cuda --dtype=bfloat16 --prompts=8 --engines=ours,vllm
 """
@@ -45,17 +39,13 @@ n_layer = 0           # 0: the shape's own
 prompts = 32
 k = 8                 # samples a prompt
 median_tokens = 75    # of the samples' lengths
-spread = 0.5          # standard deviation of the logarithm of a length
 most_tokens = 128     # the longest sample
-shortest = 20         # tokens of a prompt
-longest = 150
-engines = 'ours,transformers_dynamic,transformers_static'  # some of ENGINES; 'all': those that are installed
-pythons = ''          # 'vllm=PYTHON,openvino=PYTHON': of engines that are not installed beside this one
-against = ''          # another checkout, whose code is timed instead of other engines
-max_rows = 256        # ours, vLLM, OpenVINO: samples decoded at a time
-batch = 64            # transformers, CTranslate2: samples decoded at a time
-scan = ''             # one of SCANS: a table over some values of a setting, a round each
-dtype = 'float32'     # or 'bfloat16'
+engines = 'ours,transformers_dynamic,transformers_static'  # some of ENGINES
+vllm_python = ''      # the interpreter of an environment with vLLM, which wants its own torch; '': this one
+against = ''          # another checkout, whose code is timed instead of other engines, at the shapes of WORKS
+max_rows = 256        # ours, vLLM: samples decoded at a time
+batch = 64            # transformers: samples decoded at a time
+dtype = 'float32'     # 'float32' | 'bfloat16'
 threads = 1           # and as many cores, the first ones that this process may use
 rounds = 3            # with against at least nine
 device = 'cpu'
@@ -77,21 +67,15 @@ SHAPES = {
                     n_inner=11008, tied=False),
 }
 
-SCANS = {  # what --scan=NAME sets, a line of the table each
-    'rows': [dict(max_rows=n, batch=n) for n in (16, 32, 64, 128, 256)],
-    'k': [dict(prompts=128 // n, k=n) for n in (1, 4, 16, 64)],
-    'prompt': [dict(shortest=n, longest=n) for n in (20, 80, 160, 320)],
-    'spread': [dict(spread=x, most_tokens=300) for x in (0.0, 0.25, 0.5, 0.75)],
-    'shape': [dict(shape=name, n_layer=layers, prompts=n, k=k, median_tokens=tokens, most_tokens=2 * tokens)
-              for name, layers, n, k, tokens in (('llama', 2, 16, 8, 32), ('llama', 2, 2, 96, 32),
-                                                 ('smollm2', 2, 8, 8, 16), ('demo', 4, 64, 4, 32),
-                                                 ('gpt2', 2, 8, 8, 16))],
-}
+WORKS = [dict(shape=name, n_layer=layers, prompts=n, k=k, median_tokens=tokens, most_tokens=2 * tokens)
+         for name, layers, n, k, tokens in (('llama', 2, 16, 8, 32), ('llama', 2, 2, 96, 32),
+                                            ('smollm2', 2, 8, 8, 16), ('demo', 4, 64, 4, 32),
+                                            ('gpt2', 2, 8, 8, 16))]
 
 
 # -----------------------------------------------------------------------------
-# the engines: each takes the folder of the exported model and the work's settings, and returns a function of
-# rows, which are (prompt ids, tokens to draw), that draws them and returns the number of tokens that it drew
+# the engines: each takes the folder of the exported model and the work's settings, and returns a function
+# that draws for rows (prompt ids, tokens to draw) and returns how many tokens it drew
 
 def set_up(work):
     """-> (device, dtype), as the scripts of the checkout whose code this process runs set them up."""
@@ -102,12 +86,6 @@ def set_up(work):
         from model import setup
     torch.set_num_threads(work.threads)
     return setup(work.device, work.dtype, work.seed)
-
-def batches(rows, batch):
-    """For an engine without a budget for each row: [(prompts of similar length, the most tokens of one)]."""
-    rows = sorted(rows, key=lambda row: -len(row[0]))
-    parts = [rows[i:i + batch] for i in range(0, len(rows), batch)]
-    return [([p for p, _ in part], max(n for _, n in part)) for part in parts]
 
 def ours(folder, work):
     from model import Transformer
@@ -132,9 +110,10 @@ def transformers(folder, work, cache='dynamic'):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
     def run(rows):
-        drawn = 0
-        for part, most in batches(rows, work.batch):
-            width = max(map(len, part))
+        rows, drawn = sorted(rows, key=lambda row: -len(row[0])), 0  # prompts of similar length together
+        for i in range(0, len(rows), work.batch):
+            part, budgets = zip(*rows[i:i + work.batch])
+            width, most = max(map(len, part)), max(budgets)
             ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
             out = model.generate(ids, attention_mask=mask, max_new_tokens=most, min_new_tokens=most, top_k=0,
@@ -161,57 +140,10 @@ def vllm(folder, work):
         return sum(len(one.outputs[0].token_ids) for one in found)
     return run
 
-def openvino(folder, work):
-    subprocess.run([sys.executable, '-m', 'optimum.commands.optimum_cli', 'export', 'openvino',
-                    '--weight-format', 'fp32', '--task', 'text-generation-with-past', '--model', folder,
-                    folder + '/openvino'], check=True, stdout=2)
-    import openvino as ov
-    import openvino_genai as genai
-    scheduler = genai.SchedulerConfig()
-    scheduler.max_num_seqs, scheduler.cache_size = work.max_rows, 2  # GiB
-    scheduler.enable_prefix_caching = True
-    precision = {'float32': 'f32', 'bfloat16': 'bf16'}[work.dtype]
-    # The cache in the type of the products too: by default it is 8-bit, which is other arithmetic.
-    properties = {'INFERENCE_PRECISION_HINT': precision, 'KV_CACHE_PRECISION': precision,
-                  'INFERENCE_NUM_THREADS': work.threads, 'DYNAMIC_QUANTIZATION_GROUP_SIZE': 0}
-    pipeline = genai.ContinuousBatchingPipeline(folder + '/openvino', scheduler, 'CPU', properties)
-    n_runs = 0
-
-    def run(rows):
-        nonlocal n_runs
-        n_runs += 1  # other ids in every round, since nothing empties its prefix cache
-        given = [ov.Tensor([[(i + n_runs) % work.vocab_size for i in p]]) for p, _ in rows]
-        settings = dict(do_sample=True, temperature=1.0, ignore_eos=True)
-        parameters = [genai.GenerationConfig(max_new_tokens=n, **settings) for _, n in rows]
-        return sum(len(one.m_generation_ids[0]) for one in pipeline.generate(given, parameters))
-    return run
-
-def ctranslate2(folder, work):
-    subprocess.run([sys.executable, '-m', 'ctranslate2.converters.transformers', '--model', folder,
-                    '--output_dir', folder + '/ctranslate2'], check=True, stdout=2)
-    import ctranslate2 as ct2
-    generator = ct2.Generator(folder + '/ctranslate2', device=work.device, compute_type=work.dtype,
-                              inter_threads=1, intra_threads=work.threads)
-
-    def run(rows):
-        drawn = 0
-        for part, most in batches(rows, work.batch):
-            words = [[f't{i}' for i in p] for p in part]
-            found = generator.generate_batch(words, max_length=most, min_length=most, sampling_topk=0,
-                                             include_prompt_in_result=False)
-            drawn += sum(len(one.sequences_ids[0]) for one in found)
-        return drawn
-    return run
-
-# name: (function, the module that must be installed, whether it runs on a GPU)
-ENGINES = {
-    'ours': (ours, 'torch', True),
-    'transformers_dynamic': (transformers, 'transformers', True),
-    'transformers_static': (lambda folder, work: transformers(folder, work, 'static'), 'transformers', True),
-    'vllm': (vllm, 'vllm', True),
-    'openvino': (openvino, 'openvino_genai', False),
-    'ctranslate2': (ctranslate2, 'ctranslate2', True),
-}
+ENGINES = {  # name: (function, the module that must be installed)
+    'ours': (ours, 'torch'), 'transformers_dynamic': (transformers, 'transformers'),
+    'transformers_static': (lambda folder, work: transformers(folder, work, 'static'), 'transformers'),
+    'vllm': (vllm, 'vllm')}
 
 
 # -----------------------------------------------------------------------------
@@ -267,7 +199,7 @@ class Worker:
         self.process = subprocess.Popen(command + ['--worker', name, folder, root], cwd=root, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
         if self.answer() == 'missing':
-            self.fail(f'is not installed for {python or "this python"}; --pythons={name}=PYTHON: another one')
+            self.fail(f'is not installed for {python or "this python"}')
 
     def fail(self, why):
         from config import UserError
@@ -300,19 +232,13 @@ class Worker:
         self.process.stdin.close()
         self.process.wait()
 
-def timed(script, folder, engines, rounds, optional=False):
+def timed(script, folder, engines, rounds):
     """Times engines, (name, python, root) each, in processes that stay and take turns: A B, B A, ... -> the
-    Workers. One that is not installed, or fails, is refused, or if `optional` left out with a line."""
-    from config import UserError
+    Workers."""
     workers = []
     try:
         for engine in engines:
-            try:
-                workers.append(Worker(script, folder, *engine))
-            except UserError as error:
-                if not optional:
-                    raise
-                print(f'left out: {error}')
+            workers.append(Worker(script, folder, *engine))
         for i in range(rounds):
             for worker in workers[::-1 if i % 2 else 1]:
                 worker.go()
@@ -364,111 +290,73 @@ def random_model(shape, n_layer):
     fields = dict(block_size=512) | SHAPES[shape] | (dict(n_layer=n_layer) if n_layer else {})
     return Transformer(ModelConfig(**fields)).init_weights()
 
-def save_words(folder, n):
-    """A tokenizer of n words, since some engines load no folder without one; nothing is ever tokenized."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    words = Tokenizer(models.WordLevel({f't{i}': i for i in range(n)}, unk_token='t0'))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = dict(unk_token='t0', bos_token='t1', eos_token='t2')
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+def check_settings(settings, engines):
+    """Names of the engines; UserError."""
+    from config import UserError
+    names, folder = settings['engines'].split(','), settings['against']
+    for wrong, said in ((not set(names) <= set(engines), f'engines are a list of {", ".join(engines)}'),
+                        (settings['shape'] not in SHAPES, f'shape is one of {", ".join(SHAPES)}'),
+                        (folder and not os.path.exists(os.path.join(folder, 'sample.py')),
+                         f'against: {folder!r} is no checkout')):
+        if wrong:
+            raise UserError(said)
+    return names
 
-def roofline(model, texts, lengths, device, dtype):
-    """-> (FLOP/s, bytes/s, tokens/s that matrix products alone allow, tokens/s that reading alone allows).
-
-    Matrix products of that work, at the rate of one product of max_rows rows with the largest weight; the
-    prompts are read once each. And the bytes that decoding must read: all weights every max_rows tokens, a
-    sample's own keys and values for each of its tokens, and those of its prompt once a step for all of its
-    samples."""
-    import torch
-
-    from model import memory_bandwidth
-    c, n_tokens, head = model.config, sum(map(sum, lengths)), model.head.weight.numel()
-    linear = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
-    flops = 2 * linear * (n_tokens + sum(map(len, texts))) + 2 * head * n_tokens
-    model.to(device)
-    a, rate = torch.randn(max_rows, c.n_embd, dtype=dtype, device=device), 0.0
-    with torch.inference_mode(), model.packed(dtype):
-        up = model.blocks[0].mlp.up
-        for _ in range(5):
-            start = time.perf_counter()
-            for _ in range(10):
-                up(a)
-            if device.type == 'cuda':
-                torch.cuda.synchronize()
-            rate = max(rate, 10 * 2 * a.numel() * up.out_features / (time.perf_counter() - start))
-    cells = sum(sum(n * n / 2 for n in row) + len(p) * max(row) for p, row in zip(texts, lengths))
-    read = (linear + head) * n_tokens / max_rows + 2 * c.n_layer * c.n_kv_head * c.head_dim * cells
-    bandwidth = memory_bandwidth(device)
-    return rate, bandwidth, n_tokens * rate / flops, n_tokens * bandwidth / (read * a.element_size())
+def ceilings(model, rows, device, dtype):
+    """Tokens a second that matrix products allow, at the rate of a large one, and that reading allows: all
+    weights for every max_rows tokens, a sample's own keys and values for each of its tokens, and those of its
+    prompt once a step for all of the prompt's samples."""
+    from model import memory_bandwidth, peak_flops
+    c, n_tokens = model.config, sum(n for _, n in rows)
+    n_prompt = sum(len(prompt) for prompt, _ in rows) / k
+    flops = model.flops([n_prompt], 0) + model.flops([1] * n_tokens, n_tokens)
+    weights = sum(p.numel() for p in model.blocks.parameters()) + model.head.weight.numel()
+    cells = sum(n * n / 2 + len(prompt) * n / k for prompt, n in rows)
+    n_read = weights * n_tokens / max_rows + 2 * c.n_layer * c.n_kv_head * c.head_dim * cells
+    by_reading = n_tokens * memory_bandwidth(device) / (n_read * dtype.itemsize)
+    return n_tokens * peak_flops(device, dtype, 1.0) / flops, by_reading
 
 
 if __name__ == '__main__':
     if sys.argv[1:2] == ['--worker']:
         serve(ENGINES)
         raise SystemExit
-    from config import UserError, override
+    from config import override
     settings = override(globals())
-    scan = scan or ('shape' if against else '')
-    if shape not in SHAPES:
-        raise UserError(f'shape is one of {", ".join(SHAPES)}')
-    if scan and scan not in SCANS:
-        raise UserError(f'scan is one of {", ".join(SCANS)}')
-    names, optional = engines.split(','), engines == 'all'
-    if optional:
-        names = [name for name in ENGINES if device == 'cpu' or ENGINES[name][2]]
-    interpreters = dict(item.partition('=')[::2] for item in pythons.split(',') if item)
-    for name in names + list(interpreters):
-        if name not in ENGINES:
-            raise UserError(f'engines are a list of {", ".join(ENGINES)}, or all; not {name!r}')
-        if device != 'cpu' and not ENGINES[name][2]:
-            raise UserError(f'{name} runs on the CPU alone')
-    for name, python in interpreters.items():
-        if not os.path.exists(python):
-            raise UserError(f'pythons: {name} has no python at {python!r}')
-    if against and not os.path.exists(os.path.join(against, 'sample.py')):
-        raise UserError(f'against: {against!r} is no checkout')
+    names = check_settings(settings, ENGINES)
     cores = pin(threads, device)
     import random
 
     from sample import cache_bytes
     torch_device, torch_dtype = set_up(types.SimpleNamespace(**settings))
 
-    print(f'{scan or shape}, {dtype}, {device}, {threads} threads')
-    print(AGAINST if against else
-          '| work | engine | tokens | tokens/s (median) | to ours (median of pairs) | of the matrix products '
-          '| of the bandwidth | cores busy | peak GiB |\n|---|---|---|---|---|---|---|---|---|')
-    for changes in SCANS.get(scan, [dict(prompts=prompts, k=k)]):
+    print(f'{dtype}, {device}, {threads} threads\n{AGAINST if against else ""}')
+    for changes in WORKS if against else [dict(shape=shape, prompts=prompts, k=k)]:
         globals().update(settings | changes)
         title = ', '.join(f'{name}={value}' for name, value in changes.items())
         model, rng = random_model(shape, n_layer).to(torch_dtype), random.Random(seed)
         C, V = model.config, model.config.vocab_size
-        texts = [[rng.randrange(V) for _ in range(rng.randint(shortest, longest))] for _ in range(prompts)]
-        lengths = [[min(most_tokens, max(1, round(median_tokens * rng.lognormvariate(0, spread))))
-                    for _ in range(k)] for _ in range(prompts)]
-        rows, n_tokens = [(p, n) for p, row in zip(texts, lengths) for n in row], sum(map(sum, lengths))
-        if max(len(p) + n for p, n in rows) > C.block_size:
-            raise UserError(f'a prompt and its samples take more than the context of {C.block_size} tokens')
+        texts = [[rng.randrange(V) for _ in range(rng.randint(20, 150))] for _ in range(prompts)]
+        rows = [(text, min(most_tokens, max(1, round(median_tokens * rng.lognormvariate(0, 0.5)))))
+                for text in texts for _ in range(k)]
+        n_tokens = sum(n for _, n in rows)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            save_words(folder, V)
             work = dict(rows=rows, warm_up=rows[::4], n_tokens=n_tokens, cores=cores, block_size=C.block_size)
             with open(os.path.join(folder, 'work.json'), 'w') as f:
-                json.dump(settings | changes | work | {'vocab_size': V}, f)
+                json.dump(settings | changes | work, f)
             if against:
                 print(against_line(title, __file__, folder, against, n_tokens, rounds))
                 continue
-            run = [(name, interpreters.get(name, ''), ROOT) for name in names]
-            workers = timed(__file__, folder, run, 1 if scan else rounds, optional)
-        rate, bandwidth, by_products, by_reading = roofline(model, texts, lengths, torch_device, torch_dtype)
+            pythons = {'vllm': vllm_python}
+            workers = timed(__file__, folder, [(name, pythons.get(name, ''), ROOT) for name in names], rounds)
+        by_products, by_reading = ceilings(model.to(torch_device), rows, torch_device, torch_dtype)
+        print(f'{title}: {n_tokens:,} tokens; matrix products allow {by_products:,.0f} tokens/s, reading '
+              f'weights, keys and values {by_reading:,.0f}')
+        print('| engine | tokens/s (median) | to ours (median of pairs) | cores busy | peak GiB |\n'
+              '|---|---|---|---|---|')
         for worker in workers:
-            speed = n_tokens / statistics.median(worker.seconds)
-            print(f'| {title} | {worker.name} | {n_tokens:,} | {speed:,.0f} | {ratio(workers, worker):.2f} '
-                  f'| {100 * speed / by_products:.0f}% | {100 * speed / by_reading:.0f}% '
-                  f'| {worker.cores():.2f} | {worker.peak / 2 ** 30:.2f} |')
-        if not scan:
-            print(f'{rate / 1e9:,.0f} GFLOP/s: matrix products alone allow {by_products:,.0f} tokens/s')
-            print(f'{bandwidth / 1e9:,.0f} GB/s: reading weights, keys and values alone allows '
-                  f'{by_reading:,.0f} tokens/s')
-            sizes = min(prompts, max_rows), max(map(len, texts)), min(prompts * k, max_rows), most_tokens
-            print(f'our cache, at most: {cache_bytes(C, *sizes, torch_dtype, device) / 2 ** 30:.2f} GiB')
+            print(f'| {worker.name} | {n_tokens / statistics.median(worker.seconds):,.0f} '
+                  f'| {ratio(workers, worker):.2f} | {worker.cores():.2f} | {worker.peak / 2 ** 30:.2f} |')
+        sizes = min(prompts, max_rows), max(map(len, texts)), min(prompts * k, max_rows), most_tokens
+        print(f'our cache, at most: {cache_bytes(C, *sizes, torch_dtype, device) / 2 ** 30:.2f} GiB')

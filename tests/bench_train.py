@@ -15,13 +15,13 @@ $ python tests/bench_train.py --against=../before          # a checkout of an ea
 $ python tests/bench_train.py --shape=llama1b --device=cuda --dtype=bfloat16 --rows=2048 --engines=ours
 """
 import json
-import os
 import statistics
 import sys
 import tempfile
 import types
 
-from bench_sample import AGAINST, ROOT, SHAPES, against_line, pin, random_model, ratio, serve, set_up, timed
+from bench_sample import (AGAINST, ROOT, against_line, check_settings, pin, random_model, ratio, serve,
+                          set_up, timed)
 
 # -----------------------------------------------------------------------------
 shape = 'llama'       # see SHAPES in bench_sample.py
@@ -101,16 +101,9 @@ if __name__ == '__main__':
     if sys.argv[1:2] == ['--worker']:
         serve(ENGINES)
         raise SystemExit
-    from config import UserError, override
+    from config import override
     settings = override(globals())
-    names = engines.split(',')
-    for name in names:
-        if name not in ENGINES:
-            raise UserError(f'engines are a list of {", ".join(ENGINES)}')
-    if shape not in SHAPES:
-        raise UserError(f'shape is one of {", ".join(SHAPES)}')
-    if against and not os.path.exists(os.path.join(against, 'sft.py')):
-        raise UserError(f'against: {against!r} is no checkout')
+    names = check_settings(settings, ENGINES)
     pin(threads, device)
     import random
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 
 import pytest
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason='needs a CUDA GPU'))
 
 def real_data(*parts):
-    """A path within the folder that DATA_DIR names; the test is skipped where it is not there."""
+    """A path within the folder that DATA_DIR names; skips the test where it is not there."""
     path = os.path.join(os.environ.get('DATA_DIR', 'nowhere'), *parts)
     if not os.path.exists(path):
         pytest.skip(f'needs {"/".join(parts)} in the folder that the environment variable DATA_DIR names')
@@ -83,11 +83,15 @@ def free_port():
         free.bind(('127.0.0.1', 0))
         return str(free.getsockname()[1])
 
+# What takes longest is often a process's start: here it runs one script after another.
+ONE_BY_ONE = """import json, runpy, sys
+for sys.argv in json.loads(sys.argv[1]):
+    runpy.run_path(sys.argv[0], run_name='__main__')"""
+
 def run_all(n, commands):
-    """Runs scripts, each a list of its name and flags, in one start of n processes. -> what each process
-    printed"""
+    """Runs scripts, each a list of its name and flags, in one start of n processes -> what each printed."""
     place = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(), 'WORLD_SIZE': str(n)} if n > 1 else {}
-    start = [sys.executable, os.path.join('tests', 'run_all.py'), json.dumps(commands)]
+    start = [sys.executable, '-c', ONE_BY_ONE, json.dumps(commands)]
     jobs = [subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                              env=os.environ | place | {'RANK': str(number)}) for number in range(n)]
     try:
@@ -99,12 +103,12 @@ def run_all(n, commands):
     return [out for out, _ in said]
 
 def run_script(*command, code=0):
-    """Runs a script and checks its exit code. -> what it printed (stdout, stderr). In this process, where it
-    has nothing to import: run_process takes seconds."""
-    out, err, ended, matmul = io.StringIO(), io.StringIO(), 0, torch.backends.mkldnn.matmul
-    with (pytest.MonkeyPatch.context() as patch, ExitStack() as after, redirect_stdout(out), redirect_stderr(err),
+    """Runs a script in this process, where there is nothing to import, and checks its exit code. -> what it
+    printed (stdout, stderr)"""
+    out, err, ended = io.StringIO(), io.StringIO(), 0
+    matmul, precision = torch.backends.mkldnn.matmul, torch.backends.mkldnn.matmul.fp32_precision
+    with (pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err),
           torch.random.fork_rng(devices=[])):
-        after.callback(setattr, matmul, 'fp32_precision', matmul.fp32_precision)
         patch.chdir(ROOT)
         patch.setattr(sys, 'argv', list(command))
         patch.setattr(sys, 'excepthook', sys.excepthook)  # what a script changes for its process ends with it
@@ -113,12 +117,11 @@ def run_script(*command, code=0):
         except SystemExit as stop:
             ended = stop.code or 0
         except Exception as error:
-            try:
+            with pytest.raises(SystemExit) as stop:  # or it was a bug
                 sys.excepthook(type(error), error, error.__traceback__)
-            except SystemExit as stop:
-                ended = stop.code
-            else:
-                raise  # a bug
+            ended = stop.value.code
+        finally:
+            matmul.fp32_precision = precision
     assert ended == code, f'{command} ended with {ended}:\n{out.getvalue()}\n{err.getvalue()}'
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
@@ -188,8 +191,7 @@ def write_task(folder, splits):
 @torch.no_grad()
 def coin_logprobs(folder, example, n=16):
     """(ln P(right solution), ln P(wrong one)) of a checkpoint, exactly: the means over n questions. Their
-    difference is the coin's log-odds. example(problem, tokenizer) makes the row whose learned tokens
-    count."""
+    difference is the coin's log-odds. example(problem, tokenizer) makes a row, whose learned tokens count."""
     model, tokenizer = Transformer.from_pretrained(str(folder)), load_tokenizer(str(folder))
     rows = [[example(coin_problem(i, x), tokenizer) for i in range(n)] for x in (1, 2)]
     return tuple(-cross_entropy(model, examples).item() / n for examples in rows)
@@ -197,8 +199,10 @@ def coin_logprobs(folder, example, n=16):
 def make_coin(folder):
     """Writes task/, whose every answer is 2, and policy/, which learned to answer 2 and 3 equally often: a
     coin that RL can load. -> the folder"""
-    write_task(folder, {'train': [coin_problem(i) for i in range(320)], 'test': [coin_problem(i) for i in range(16)]})
-    tokenizer = learn_bpe([f'{p.question}\n{p.solution}' for p in (coin_problem(1, 1), coin_problem(2, 2))], 20)
+    problems = [coin_problem(i) for i in range(320)]
+    write_task(folder, {'train': problems, 'test': problems[:16]})
+    texts = [f'{p.question}\n{p.solution}' for p in (coin_problem(1, 1), coin_problem(2, 2))]
+    tokenizer = learn_bpe(texts, 20)
     torch.manual_seed(0)
     policy = Transformer(tiny_config(tokenizer.vocab_size, block_size=128)).init_weights()
     examples = solution_examples([coin_problem(i, x) for i in range(64) for x in (1, 2)], tokenizer)

@@ -1,5 +1,5 @@
-"""What test_distributed.py starts: dies_once.py FOLDER MOMENTS sft.py ... runs a script, and the first time that
-process 1 comes to one of the moments ('step,validation,state') it is killed there."""
+"""Runs a script, and the first time that process 1 comes to one of the moments it is killed there:
+dies_once.py FOLDER step,validation,state sft.py ... See test_distributed.py."""
 import os
 import runpy
 import signal
@@ -11,26 +11,28 @@ import eval as evaluation  # noqa: E402
 import model  # noqa: E402
 from config import RANK, run  # noqa: E402
 
-WHERE = {'step': (model, 'finish_gradients'), 'validation': (evaluation, 'greedy_accuracy'), 'state': (run, 'checksums')}
+WHERE = {'step': (model, 'finish_gradients'), 'validation': (evaluation, 'greedy_accuracy'),
+         'state': (run, 'checksums')}
 
-def dies_once(f, moment, path):
+def dies_once(f, died, waits):
+    """waits: in validation process 0 draws its own samples and hears of nothing until torchrun stops it."""
     def in_place_of_f(*args, **kwargs):
-        if not os.path.exists(path):
-            if RANK == 1:
-                while moment == 'validation' and not os.path.exists(path + '.main'):
-                    time.sleep(0.01)
-                open(path, 'x').close()
-                os.kill(os.getpid(), signal.SIGKILL)
-            elif moment == 'validation':  # draws its own samples and hears of nothing, until torchrun asks it to stop
-                open(path + '.main', 'x').close()
-                while not run.stop_asked():
-                    time.sleep(0.01)
+        if RANK == 1 and not os.path.exists(died):
+            while waits and not os.path.exists(died + '.waits'):
+                time.sleep(0.01)
+            open(died, 'x').close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if waits and not os.path.exists(died):
+            open(died + '.waits', 'x').close()
+            while not run.stop_asked():
+                time.sleep(0.01)
         return f(*args, **kwargs)
     return in_place_of_f
 
 
 folder, moments, *sys.argv = sys.argv[1:]
-for moment in filter(None, moments.split(',')):
+for moment in moments.split(','):
     module, name = WHERE[moment]
-    setattr(module, name, dies_once(getattr(module, name), moment, os.path.join(folder, moment)))
+    died = os.path.join(folder, moment)
+    setattr(module, name, dies_once(getattr(module, name), died, moment == 'validation'))
 runpy.run_path(sys.argv[0], run_name='__main__')

@@ -1,5 +1,4 @@
-"""Tokenizers, token batches and the sampler: against transformers, the model's own forward, and
-statistics."""
+"""Tokenizers, token batches and the sampler: against transformers, whole forward passes, and statistics."""
 import contextlib
 import copy
 import hashlib
@@ -15,22 +14,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from conftest import TEXTS, loud, real_data, run_script, tiny, tiny_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sample
 from config import UserError
 from config.run import start_run
-from model import Transformer
-from sample import (Example, KVCache, Sampler, action_logprobs, bpe_tokenizer, cache_bytes, check_same_tokenizer,
-                    collate, draw, epoch_order, hidden_at, learn_bpe, load_tokenizer, micro_batches,
-                    n_learned, random_stream, response_logprobs, token_logprobs, uniform)
+from sample import (Example, KVCache, Sample, Sampler, action_logprobs, bpe_tokenizer, cache_bytes,
+                    check_same_tokenizer, collate, draw, epoch_order, hidden_at, learn_bpe, load_tokenizer,
+                    micro_batches, n_learned, random_stream, response_logprobs, uniform)
 
-PROMPTS = ['Question: Tom', 'A', 'Question: Ann sells 4 pens for 5 dollars each. How much', 'Question: Tom has']
+PROMPTS = ['Question: Tom', 'A', 'Question: Ann sells 4 pens for 5 dollars each. How much',
+           'Question: Tom has']
+UNEVEN = PROMPTS * 2, 2, [30, 5, 41, 60, 17, 33, 1, 24]  # prompts, samples of each, budgets
 ODD_TEXT = 'Tom has  3+14=<<3+14=17>>17\n\n#### 17 é漢🙂 \t x'
 TURN, OTHER = '<|turn|>', '<|other|>'  # end tokens beside <|endoftext|>, as chat models have them
 NAN = float('nan')
-AutoModel, AutoTokenizer = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
 
 # -----------------------------------------------------------------------------
 # tokenizers
@@ -45,10 +44,9 @@ def test_bpe_round_trip_digits_and_export(bpe, tmp_path):
         if '|' not in text:
             assert theirs(text)['input_ids'] == ids and theirs.decode(ids) == text
     assert len(bpe.encode('1234567')) == 7 and len(bpe.encode(' apples')) == 1  # it did learn merges
-    # the border within a token
+    # the border is within a token
     assert bpe.encode_pair('3 app', 'les') == (bpe.encode('3 app'), bpe.encode('les'))
-    assert (again.eos, again.vocab_size) == (bpe.eos, bpe.vocab_size) and bpe.vocab_size == bpe.eos + 1 <= 377
-    assert theirs.eos_token_id == AutoModel.from_pretrained(tmp_path).config.eos_token_id == bpe.eos
+    assert theirs.eos_token_id == again.eos == bpe.eos and again.vocab_size == bpe.vocab_size == bpe.eos + 1
     # the first token that two neighbours make is theirs
     tok = bpe_tokenizer([b'a', b'b', b'ab', b'abb', b'bb', b'ba'])
     assert tok.encode('abb') == [3] and tok.encode('aba') == [2, 0] and tok.encode('aabbb') == [0, 3, 1]
@@ -56,27 +54,26 @@ def test_bpe_round_trip_digits_and_export(bpe, tmp_path):
     with pytest.raises(UserError, match='a and b have different tokenizers'):
         check_same_tokenizer(bpe, learn_bpe(TEXTS, 10), 'a and b')
 
-def test_tiktoken_gpt2(tmp_path, monkeypatch):
-    """tiktoken keeps downloads under the SHA-1 of their address: with GPT-2's files there it needs no
-    network."""
-    folder = real_data('tokenizers', 'gpt2')
+def tiktokens_cache(monkeypatch, tmp_path, folder):
+    """tiktoken keeps downloads under the SHA-1 of their address: with these it needs no network."""
     for name, file in (('vocab.bpe', 'vocab.bpe'), ('encoder.json', 'vocab.json')):
         address = f'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}'
         shutil.copy(os.path.join(folder, file), tmp_path / hashlib.sha1(address.encode()).hexdigest())
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
-    ours, theirs = load_tokenizer('gpt2'), AutoTokenizer.from_pretrained(folder)
-    assert (ours.vocab_size, ours.eos) == (50257, 50256)
-    for text in TEXTS + [ODD_TEXT]:
-        assert ours.encode(text) == theirs(text)['input_ids'] and ours.decode(ours.encode(text)) == text
 
-@pytest.mark.parametrize('name, bos', [('gpt2', []), ('pythia_neox', []), ('mistral', [1])])
-def test_hugging_face_folders(name, bos, tmp_path):
-    folder, prompt, completion = real_data('tokenizers', name), 'Tom has 3.\nAnswer:', ' Tom has 3+14=17.\n#### 17'
-    tokenizer, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
-    prompt_ids, completion_ids = tokenizer.encode_pair(prompt, completion)
-    assert tokenizer.bos == bos and prompt_ids == tokenizer.encode_prompt(prompt)
-    # nothing is lost at the border
+@pytest.mark.parametrize('name, bos', [
+    ('tiktoken', []), ('gpt2', []), ('pythia_neox', []), ('mistral', [1])])
+def test_real_tokenizers_encode_as_transformers_does(name, bos, tmp_path, monkeypatch):
+    path = folder = real_data('tokenizers', name.replace('tiktoken', 'gpt2'))
+    if name == 'tiktoken':
+        tiktokens_cache(monkeypatch, tmp_path, folder)
+        path = 'gpt2'
+    tokenizer, theirs = load_tokenizer(path), AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.bos, tokenizer.vocab_size, tokenizer.eos) == (bos, len(theirs), theirs.eos_token_id)
+    prompt, completion = 'Tom has 3.\nAnswer:', f' Tom has 3+14=17.\n{ODD_TEXT}'
+    prompt_ids, completion_ids = tokenizer.encode_pair(prompt, completion)  # nothing is lost at the border
     assert theirs(prompt + completion)['input_ids'] == prompt_ids + completion_ids
+    assert prompt_ids == tokenizer.encode_prompt(prompt)
     assert tokenizer.decode(completion_ids + [tokenizer.eos]).strip() == completion.strip()
     for text in ('a <|endoftext|> b', 'a </s><s> b', 'a <unk> b'):  # which spells special tokens
         ids = tokenizer.encode(text)
@@ -88,8 +85,8 @@ def test_hugging_face_folders(name, bos, tmp_path):
 def test_missing_tokenizers_are_one_line(tmp_path):
     start_run({'out_dir': str(tmp_path / 'run'), 'dtype': 'auto'})
     (tmp_path / 'empty').mkdir()
-    for path, match in (('nobody/nothing', 'from the hub'), ('/no/such/folder', 'no such checkpoint'),
-                        ('out/nothing', 'no such checkpoint'), (f'{tmp_path}/run', 'no checkpoint yet'),
+    for path, match in (('nobody/nothing', 'from the hub'), ('out/nothing', 'no such checkpoint'),
+                        (f'{tmp_path}/run', 'no checkpoint yet'),
                         (f'{tmp_path}/empty', 'no tokenizer could be loaded')):
         with pytest.raises(UserError, match=match) as error:
             load_tokenizer(path)
@@ -97,97 +94,70 @@ def test_missing_tokenizers_are_one_line(tmp_path):
 
 @pytest.fixture
 def elsewhere(bpe, tmp_path):
-    """elsewhere(edit, config, generation, **changes) -> the tokenizer of a folder with config.json and
+    """elsewhere(edit, config, generation, **changes) -> the tokenizer of a folder with these config.json and
     generation_config.json: bpe's ids, then <|turn|> and <|other|>; edit(tokenizer.json's dictionary) and
     `changes` of tokenizer_config.json make it another one."""
-    folder = tmp_path / 'elsewhere'
-
-    def make(edit=lambda made: None, config=None, generation=None, **changes):
-        shutil.rmtree(folder, ignore_errors=True)
+    def make(edit=lambda made: None, config={}, generation={}, **changes):
         hf = copy.deepcopy(bpe.hf)
         hf.add_tokens([TURN, OTHER], special_tokens=True)
-        hf.save_pretrained(folder)
-        made, settings = (json.loads((folder / f).read_text()) for f in ('tokenizer.json', 'tokenizer_config.json'))
+        hf.save_pretrained(tmp_path)
+        files = [tmp_path / f'{name}.json' for name in
+                 ('tokenizer', 'tokenizer_config', 'config', 'generation_config')]
+        made, settings = (json.loads(file.read_text()) for file in files[:2])
         edit(made)
-        for name, content in (('tokenizer', made), ('tokenizer_config', settings | changes), ('config', config),
-                              ('generation_config', generation)):
-            if content is not None:
-                (folder / f'{name}.json').write_text(json.dumps(content))
-        return load_tokenizer(str(folder))
+        for file, content in zip(files, (made, settings | changes, config, generation)):
+            file.write_text(json.dumps(content))
+        return load_tokenizer(str(tmp_path))
     return make
 
-def test_every_end_token_that_the_files_name_ends_a_sample(bpe, elsewhere, tmp_path, monkeypatch):
-    """Decoded they are nothing, transformers ends on the same ones, and an export keeps them."""
-    turn, other, V = bpe.eos + 1, bpe.eos + 2, bpe.eos + 3
-    for config, generation, ends in (({}, None, []), ({'eos_token_id': turn}, {}, [turn]),
+def test_every_end_token_that_the_files_name_ends_a_sample(bpe, elsewhere):
+    """Decoded they are nothing. The greedy samples below end on what an export names."""
+    turn, other = bpe.eos + 1, bpe.eos + 2
+    for config, generation, ends in (({}, {}, []), ({'eos_token_id': turn}, {}, [turn]),
                                      ({}, {'eos_token_id': [other, turn]}, [turn, other]),
                                      ({'eos_token_id': [turn]}, {'eos_token_id': 65}, [65, turn]),
                                      ({'eos_token_id': 50256}, {'eos_token_id': -1}, [])):  # out of reach
-        tokenizer = elsewhere(config={'vocab_size': V} | config, generation=generation)
+        tokenizer = elsewhere(config={'vocab_size': bpe.eos + 3} | config, generation=generation)
         assert tokenizer.ends == sorted([bpe.eos] + ends) and tokenizer.eos == bpe.eos
         assert tokenizer.decode([66, *tokenizer.ends, 67]) == bpe.decode([66, 67])
 
-    model, prompts, path = tiny(V), [[i] for i in range(40, 48)], str(tmp_path / 'm')
-    plain = Sampler(model, tokenizer).generate(prompts, 1, 12, temperature=0)
-    ends = sorted({plain[0].ids[4], plain[1].ids[6]})
-    tokenizer = elsewhere(config={'vocab_size': V, 'eos_token_id': ends[0]},
-                          generation={'eos_token_id': ends})
-    monkeypatch.setattr('huggingface_hub.snapshot_download',
-                        lambda path, allow_patterns: f'{tmp_path}/elsewhere')
-    model.save_pretrained(path, tokenizer)
-    again, theirs = load_tokenizer(path), AutoModel.from_pretrained(path).eval()
-    # the hub's files, too
-    assert again.ends == load_tokenizer('someone/something').ends == sorted(ends + [bpe.eos])
-    assert AutoTokenizer.from_pretrained(path).eos_token_id == again.eos == bpe.eos
-    samples = Sampler(model, again).generate(prompts, 1, 12, temperature=0)
-    assert [s.ids for s in samples] == [their_greedy(theirs, prompt, 12) for prompt in prompts]
-    assert all(s.finished == (s.ids[-1] in again.ends) for s in samples)
-    assert all(s.finished and len(s.ids) <= n for s, n in zip(samples, (5, 7)))
-
-def test_sizes_and_the_models_own_end_token(elsewhere, bpe, tmp_path):
-    """Ids that no sample could draw are refused; a tokenizer without an end takes the model's first and keeps
-    it."""
+def test_ids_that_no_sample_could_draw_are_refused_an_end_may_be_the_models(elsewhere, bpe, tmp_path):
     V = bpe.eos + 3
     for rows, eos, match in ((bpe.eos, '<|endoftext|>', f'token {bpe.eos} of the tokenizer'),
-                             (200, 'A', 'outside the embedding of 200 rows'), (V, None, 'no end-of-text token')):
+                             (200, 'A', 'outside the embedding of 200 rows'),
+                             (V, None, 'no end-of-text token')):
         with pytest.raises(UserError, match=match):
             elsewhere(config={'vocab_size': rows}, eos_token=eos)
-    tokenizer = elsewhere(config={'vocab_size': V, 'eos_token_id': [V - 1, V - 2]}, eos_token=None)
-    tiny(V).save_pretrained(str(tmp_path), tokenizer)
-    again = load_tokenizer(str(tmp_path))
-    assert again.eos == tokenizer.eos == V - 1 and again.ends == tokenizer.ends == [V - 2, V - 1]
     assert elsewhere(config={'vocab_size': V - 1}).vocab_size == V - 1  # <|other|> was never learned
+    tokenizer = elsewhere(config={'vocab_size': V, 'eos_token_id': [V - 1, V - 2]}, eos_token=None)
+    tiny(V).save_pretrained(str(tmp_path / 'm'), tokenizer)
+    again = load_tokenizer(str(tmp_path / 'm'))
+    assert again.eos == tokenizer.eos == V - 1 and again.ends == tokenizer.ends == [V - 2, V - 1]
 
-def test_ids_may_have_holes(elsewhere, bpe):
-    """The last token of the text moves behind the special ones; its old id means nothing, and does no
-    harm."""
+def test_a_begin_token_is_for_prompts_an_end_behind_texts_is_not_and_ids_may_have_holes(elsewhere, bpe):
+    """The last token of the text moves behind the special ones; its old id means nothing and does no harm."""
     last, word, new = bpe.eos - 1, bpe.decode([bpe.eos - 1]), bpe.eos + 20
 
-    def move(made):
+    def edit(made):
         vocab = made['model']['vocab']
         vocab[next(t for t, i in vocab.items() if i == last)] = new
-    tokenizer = elsewhere(move)
-    assert tokenizer.encode(word) == [new] and tokenizer.decode([last, new]) == word
-    assert tokenizer.vocab_size == new + 1 > len(tokenizer.hf) and new not in tokenizer.newline_ids
+        special, text = {'SpecialToken': {'id': TURN, 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}
+        made['post_processor'] = {'type': 'TemplateProcessing', 'single': [special, text, special],
+                                  'pair': [special, text, {'Sequence': {'id': 'B', 'type_id': 1}}],
+                                  'special_tokens': {TURN: dict(id=TURN, ids=[bpe.eos + 1], tokens=[TURN])}}
+    tokenizer = elsewhere(edit)
+    assert tokenizer.encode_prompt('Tom has 3') == tokenizer.hf('Tom has 3')['input_ids'][:-1]
+    assert tokenizer.bos == [bpe.eos + 1] and tokenizer.encode(word) == [new]
+    assert tokenizer.decode([last, new]) == word and new not in tokenizer.newline_ids
+    assert tokenizer.vocab_size == new + 1 > len(tokenizer.hf)
     drawn = Sampler(Uniform(new + 5), tokenizer).generate([[0]], 20, 200, 1.0)
     assert new - 5 < max(i for s in drawn for i in s.ids) <= new
     with pytest.raises(UserError, match='next ids'):  # they are those of other tokens
         tokenizer.add_labels('step', new=True)
 
-@pytest.mark.parametrize('after', [False, True])  # an end token behind every text is not for prompts
-def test_the_begin_token_is_what_transformers_puts_before_a_text(after, elsewhere, bpe):
-    def edit(made):
-        token = [{'SpecialToken': {'id': TURN, 'type_id': 0}}]
-        single = token + [{'Sequence': {'id': 'A', 'type_id': 0}}] + token * after
-        made['post_processor'] = {'type': 'TemplateProcessing', 'single': single,
-                                  'pair': single + [{'Sequence': {'id': 'B', 'type_id': 1}}],
-                                  'special_tokens': {TURN: {'id': TURN, 'ids': [bpe.eos + 1], 'tokens': [TURN]}}}
-    tokenizer = elsewhere(edit)
-    theirs = tokenizer.hf('Tom has 3')['input_ids']
-    assert tokenizer.encode_prompt('Tom has 3') == theirs[:len(theirs) - after]
-    assert tokenizer.bos == theirs[:1] == [bpe.eos + 1]
-    with pytest.raises(UserError, match=f'token {bpe.eos + 1} of the tokenizer'):
-        elsewhere(edit, config={'vocab_size': bpe.eos + 1})
+
+# -----------------------------------------------------------------------------
+# random numbers, log-probabilities and batches
 
 def test_splitmix64_reference():
     mask = (1 << 64) - 1
@@ -206,7 +176,7 @@ def assert_drawn_from(p, tokens):
     assert ((counts[possible] - expected) ** 2 / expected).sum() < freedom + 4 * (2 * freedom) ** 0.5
 
 @pytest.mark.parametrize('temperature, top_k, top_p, V', [
-    (0.5, 0, 1.0, 12), (2.0, 5, 1.0, 12), (1.0, 0, 0.7, 12), (0.8, 6, 0.9, 12), (1.0, 0, 1.0, 201), (1.5, 90, 0.95, 201)])
+    (0.5, 0, 1.0, 12), (2.0, 5, 1.0, 12), (1.0, 0, 0.7, 12), (0.8, 6, 0.9, 12), (1.5, 90, 0.95, 201)])
 def test_draws_follow_the_softmax(temperature, top_k, top_p, V):
     u = uniform(torch.tensor([random_stream(0, [1], j) for j in range(30000)]), 0)
     logits = torch.randn(V, generator=torch.Generator().manual_seed(3)) * 1.5
@@ -236,16 +206,16 @@ def test_logprobs_in_chunks_equal_those_at_once_and_so_do_their_gradients(model)
     hidden = torch.randn(23, C, generator=torch.Generator().manual_seed(0)).requires_grad_()
     ids, of = torch.arange(23) % V, [hidden, model.embed.weight]
     plain = torch.distributions.Categorical(logits=model.logits(hidden) / 0.7)
-    expected = torch.autograd.grad(plain.log_prob(ids).sum() + 2 * plain.entropy().sum(), of)
+    expected = plain.log_prob(ids), plain.entropy()
+    slopes = torch.autograd.grad(expected[0].sum() + 2 * expected[1].sum(), of)
     for kept in (5 * V, 23 * V):
         sizes = []  # of what autograd keeps for backward
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            logprobs, entropy = action_logprobs(model, hidden, ids, 0.7, True, kept)
+            found = action_logprobs(model, hidden, ids, 0.7, True, kept)
         assert (max(sizes) >= 23 * V) == (kept == 23 * V)
-        torch.testing.assert_close((logprobs, entropy),
-                                   (plain.log_prob(ids), plain.entropy()), atol=1e-5, rtol=1e-5)
-        found = torch.autograd.grad(logprobs.sum() + 2 * entropy.sum(), of)
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.autograd.grad(found[0].sum() + 2 * found[1].sum(), of), slopes,
+                                   atol=1e-4, rtol=1e-5)
 
 def test_batches_from_lengths_and_labels():
     rows = [Example([7, 7, 7, 7], 2), Example([7], 1), Example([0, 0, 7], 1, [0.25, NAN])]
@@ -254,9 +224,8 @@ def test_batches_from_lengths_and_labels():
     expected = torch.tensor([[NAN, NAN, 1, 1], [NAN] * 4, [NAN, 0.25, NAN, NAN]])
     torch.testing.assert_close(labels, expected, equal_nan=True)  # an id of 0 is as real as any
     assert n_learned(rows) == 3
-    for longest, most, T in ((4, 100, 9), (9, 100, 9), (10, 100, 17), (10, 12, 12),
-                             (12, 12, 12), (13, 12, 13)):
-        # few lengths, within the context
+    # few lengths, within the context
+    for longest, most, T in ((4, 100, 9), (9, 100, 9), (10, 100, 17), (10, 12, 12), (13, 12, 13)):
         assert collate([Example([7] * longest, 1)], 'cpu', most)[0].shape == (1, T)
 
 def test_micro_batches_keep_to_their_size():
@@ -301,8 +270,8 @@ def test_padding_is_left_out_and_changes_neither_states_nor_gradients(model):
 @torch.no_grad()
 def test_responses_have_the_plain_passes_logprobs_and_values(model):
     model = loud(copy.deepcopy(model).add_value_head())
-    rows = [Example(list(range(9)), 5, [NAN, 1.0, NAN, 0.0]),
-            Example(list(range(30, 50)), 19), Example([7] * 5, 1)]
+    rows = [Example(list(range(9)), 5, [NAN, 1.0, NAN, 0.0]), Example(list(range(30, 50)), 19),
+            Example([7] * 5, 1)]
     expected = []
     for e, learned in zip(rows, ([6, 8], [19], [1, 2, 3, 4])):
         ids, before = torch.tensor(e.ids), torch.tensor(learned) - 1
@@ -317,30 +286,21 @@ def test_responses_have_the_plain_passes_logprobs_and_values(model):
 # -----------------------------------------------------------------------------
 # the sampler
 
-def their_greedy(theirs, ids, n):
-    ids = torch.tensor([ids])
-    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n,
-                          do_sample=False, pad_token_id=0)
-    return out[0, ids.shape[1]:].tolist()
-
 def same(found, expected):
     for a, b in zip(found, expected, strict=True):
         assert (a.prompt_ids, a.ids, a.finished) == (b.prompt_ids, b.ids, b.finished)
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5, rel=1e-5)
 
 class Uniform(torch.nn.Module):
-    """A stand-in for the model with uniform logits, but for one token: what comes out is the sampler's
-    own."""
+    """A stand-in for the model with uniform logits: what comes out is the sampler's own."""
 
-    def __init__(self, vocab_size, likes=0, logit=0.0):
+    def __init__(self, vocab_size):
         super().__init__()
-        self.config, self.likes, self.logit = tiny_config(vocab_size, block_size=100_000), likes, logit
+        self.config = tiny_config(vocab_size, block_size=100_000)
         self.embed = torch.nn.Embedding(vocab_size, 1)
 
     def trunk(self, ids, positions=None, cache=None):
-        hidden = torch.zeros(*ids.shape, self.config.vocab_size)
-        hidden[..., self.likes] = self.logit
-        return hidden
+        return torch.zeros(*ids.shape, self.config.vocab_size)
 
     def logits(self, hidden):
         return hidden
@@ -348,69 +308,70 @@ class Uniform(torch.nn.Module):
     def packed(self, dtype):
         return contextlib.nullcontext(self)
 
+def with_ends(tokenizer, *ends):
+    """One with these end tokens, too."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.ends = sorted({tokenizer.eos, *ends})
+    return tokenizer
+
 def test_greedy_equals_transformers_generate(family, bpe, tmp_path):
-    model = tiny(bpe.vocab_size, **family)
-    model.save_pretrained(str(tmp_path), bpe)
-    theirs = AutoModel.from_pretrained(tmp_path).eval()
-    expected = [their_greedy(theirs, bpe.encode(prompt), 40) for prompt in PROMPTS]
+    """Also where it ends: an export names all end tokens."""
+    model, path = tiny(bpe.vocab_size, **family), str(tmp_path)
+    common = Sampler(model, bpe).generate(PROMPTS, 1, 40, temperature=0)[0].ids[4]
+    model.save_pretrained(path, with_ends(bpe, common))
+    tokenizer, theirs, expected = load_tokenizer(path), AutoModelForCausalLM.from_pretrained(path).eval(), []
+    assert tokenizer.ends == sorted([common, bpe.eos])
+    for prompt in PROMPTS:
+        ids = torch.tensor([bpe.encode(prompt)])
+        whole = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False,
+                                pad_token_id=0)
+        expected.append(whole[0, ids.shape[1]:].tolist())
     for max_rows in (1, 3, 64):
-        samples = Sampler(model, bpe, max_rows).generate(PROMPTS, 1, 40, temperature=0)
-        assert [s.ids for s in samples] == expected
-        assert all(s.finished == (s.ids[-1] == bpe.eos) for s in samples)
+        samples = Sampler(model, tokenizer, max_rows).generate(PROMPTS, 1, 40, temperature=0)
+        assert [s.ids for s in samples] == expected and samples[0].finished
+        assert all(s.finished == (s.ids[-1] in tokenizer.ends) for s in samples)
 
-def test_logprobs_equal_the_trainers_forward(model, bpe):
-    for dtype, temperature in ((torch.float32, 0), (torch.float32, 0.7),
-                               (torch.float32, 1.3), (torch.bfloat16, 1.0)):
-        for s in Sampler(model, bpe, dtype=dtype).generate(PROMPTS, 5, 40, temperature):
-            with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
-                logits = model(torch.tensor([s.prompt_ids + s.ids]))[0, len(s.prompt_ids) - 1:-1]
-            error = (torch.tensor(s.logprobs) - token_logprobs(logits, torch.tensor(s.ids), temperature or 1.0)).abs()
-            # weights this large turn bf16's 3 digits into a tenth of a nat
-            assert error.max() < 2e-5 if dtype == torch.float32 else error.mean() < 0.1
+def alone(model, tokenizer, prompt, number, budget, seed=0, stop=(), **arguments):
+    """A sample by whole forward passes over its row."""
+    ids, logprobs, finished = [], [], False
+    stream = torch.tensor([random_stream(seed, prompt, number)])
+    while len(ids) < budget and not finished:
+        logits, u = model(torch.tensor([prompt + ids]))[:, -1], uniform(stream, len(ids))
+        token, logprob = draw(logits, u, vocab_size=tokenizer.vocab_size, **arguments)
+        ids, logprobs = ids + [token.item()], logprobs + [logprob.item()]
+        finished = ids[-1] in tokenizer.ends or any(s in tokenizer.decode(ids) for s in stop)
+    return Sample(prompt, ids, logprobs, finished)
 
-def test_rows_depend_on_seed_and_prompt_not_on_batch_mates_or_order(model, bpe):
-    """Nor on unequal numbers of samples, nor on other cohorts that decode at the same time."""
-    def drawn(prompts, k, seed=3, max_rows=64, budget=40):
-        return Sampler(model, bpe, max_rows).generate(prompts, k, budget, 1.0, seed=seed)
-    together, backwards = drawn(PROMPTS, 3), drawn(PROMPTS[::-1], 3, max_rows=5)
-    same(sum([backwards[3 * i:3 * i + 3] for i in (3, 2, 1, 0)], []), together)
-    uneven = drawn([PROMPTS[0]] * 20 + PROMPTS[1:], 1)  # given again, a prompt gets fresh samples
-    same(uneven[:3] + uneven[20:], together[:3] + together[3::3])
-    same(uneven[:20], drawn([PROMPTS[0]], 20))
-    same(drawn([PROMPTS[1]], 3, max_rows=2), together[3:6])
-    same(drawn(PROMPTS, 3, budget=[40, 40, 3, 3])[:6], together[:6])  # prompts leave
-    assert not {tuple(s.ids) for s in together} & {tuple(s.ids) for s in drawn(PROMPTS, 3, seed=2)}
+@torch.no_grad()
+@pytest.mark.parametrize('max_rows, arguments', [
+    (64, dict(temperature=1.0)), (5, dict(temperature=1.3, seed=3)), (12, dict(temperature=0)),
+    (2, dict(temperature=0.7, top_k=20, top_p=0.9, stop=('e', '17')))])
+def test_samples_are_what_whole_passes_draw(model, bpe, max_rows, arguments):
+    """Whatever the batch-mates; an end is an action; no row of the embedding beyond the tokenizer's is drawn;
+    a prompt that is given again gets fresh samples."""
+    (prompts, k, budgets), tokenizer = UNEVEN, with_ends(bpe, *range(5))
+    expected = [alone(model, tokenizer, bpe.encode(prompt), k * (i // 4) + j, budget, **arguments)
+                for i, (prompt, budget) in enumerate(zip(prompts, budgets)) for j in range(k)]
+    same(Sampler(model, tokenizer, max_rows).generate(*UNEVEN, **arguments), expected)
+    assert arguments['temperature'] == 0 or {s.finished for s in expected} == {True, False}
 
-def test_a_prompt_is_prefilled_once_and_rows_are_refilled(model, bpe, monkeypatch):
-    prefilled, rows, trunk = [], [], Transformer.trunk
-
-    def spy(self, ids, positions=None, cache=None):
-        (prefilled if positions is None else rows).append(len(ids))
-        return trunk(self, ids, positions, cache)
-    monkeypatch.setattr(Transformer, 'trunk', spy)
-    Sampler(model, bpe, 64).generate(PROMPTS, 16, 5, 1.5)
-    assert sum(prefilled) == 4
-    rows.clear()
-    longest = max(len(s.ids) for s in Sampler(model, bpe, 8).generate(PROMPTS * 3, 8, [5, 9, 20, 30] * 3, 1.5))
-    # at most a quarter is free till the end
-    assert max(rows) == 8 and sum(r >= 6 for r in rows) > len(rows) - longest
-
-def test_the_cache_takes_what_its_formula_says(model, bpe, monkeypatch):
-    """Exactly that with one batch; in small ones never more, though several start and their prompts wait for
-    others."""
-    caches, held, attend = weakref.WeakSet(), [], KVCache.attend
+def test_the_cache_takes_what_its_formula_says_and_rows_are_refilled(model, bpe, monkeypatch):
+    """Exactly that with one batch; in small ones never more, though several start and prompts wait."""
+    caches, n_bytes, n_rows, attend = weakref.WeakSet(), [], [], KVCache.attend
     tokenizer = SimpleNamespace(ends=(), labels=None, newline_ids=(), vocab_size=bpe.vocab_size)
 
     def spy(cache, *arguments):
         caches.add(cache)
         out = attend(cache, *arguments)
-        held.append(sum(table.nbytes for c in caches for table in c.prompts + c.own))
+        n_bytes.append(sum(table.nbytes for c in caches for table in c.prompts + c.own))
+        n_rows.append(sum(len(c.source) for c in caches))
         return out
 
     def most(max_rows, *arguments):
-        held.clear()
+        for found in (n_bytes, n_rows):
+            found.clear()
         Sampler(model, tokenizer, max_rows).generate(*arguments)
-        return max(held)
+        return max(n_bytes)
 
     def need(*sizes):
         return cache_bytes(model.config, *sizes, torch.float32)
@@ -420,7 +381,10 @@ def test_the_cache_takes_what_its_formula_says(model, bpe, monkeypatch):
     for budget in (20, 40):
         assert most(64, prompts, 4, budget) == need(4, longest, 16, budget)
     assert most(4, [[i] * 20 for i in range(8)], 1, 30) == need(4, 20, 4, 30)  # all end at once
-    assert need(4, longest, 8, 30) / 2 < most(8, prompts * 8, 2, [5, 9, 20, 30] * 8) <= need(12, longest, 8, 30)
+    found = most(8, prompts * 8, 2, [5, 9, 20, 30] * 8)
+    assert need(4, longest, 8, 30) / 2 < found <= need(12, longest, 8, 30)
+    # at most a quarter is free, but for the last rows
+    assert max(n_rows) == 8 and sum(n > 6 for n in n_rows) > 0.8 * len(n_rows)
 
 @pytest.mark.cuda
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -430,14 +394,13 @@ def test_on_a_gpu_graphs_draw_what_steps_one_by_one_draw(model, bpe, monkeypatch
     model, drawn = copy.deepcopy(model).cuda(), []
     for works in (True, False):
         monkeypatch.setattr(sample.Replay, 'works', works)
-        drawn.append(Sampler(model, bpe, 12, dtype).generate(PROMPTS * 2, 4, [30, 5, 41, 60, 17, 33, 1, 24], **arguments))
+        drawn.append(Sampler(model, bpe, 12, dtype).generate(*UNEVEN, **arguments))
         assert sample.Replay.works == works  # no recording failed
     same(*drawn)
 
 @pytest.mark.parametrize('fails', [False, True])
 def test_steps_are_recorded_once_and_else_computed(monkeypatch, capsys, fails):
-    """With stand-ins for CUDA's: the second call with a key is recorded; a recording that fails is not
-    repeated."""
+    """With stand-ins for CUDA's: the second call with a key is recorded; what failed is not tried again."""
     calls, replayed = [], []
 
     @contextlib.contextmanager
@@ -445,8 +408,9 @@ def test_steps_are_recorded_once_and_else_computed(monkeypatch, capsys, fails):
         yield
         if fails:
             raise RuntimeError('no such thing when capturing\nand more')
-    for name, stand_in in dict(CUDAGraph=lambda: SimpleNamespace(replay=lambda: replayed.append(1)), graph=record,
-                               current_stream=lambda: None, stream=contextlib.nullcontext).items():
+    graph = SimpleNamespace(replay=lambda: replayed.append(1))
+    for name, stand_in in dict(CUDAGraph=lambda: graph, graph=record, current_stream=lambda: None,
+                               stream=contextlib.nullcontext).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(sample.Replay, 'works', True)
     replay = sample.Replay(torch.device('cuda'))
@@ -456,17 +420,13 @@ def test_steps_are_recorded_once_and_else_computed(monkeypatch, capsys, fails):
     said = 'decoding without CUDA graphs, more slowly: RuntimeError: no such thing when capturing\n'
     assert capsys.readouterr().out == said * fails
 
-@pytest.mark.parametrize('labels', [False, True])
-def test_looking_seldom_draws_the_same(model, bpe, monkeypatch, labels):
-    """As on a GPU: rows that are done wait for others, what they draw is ignored, and a draw waits for no
-    number."""
-    model, tok, drawn = copy.deepcopy(model), copy.copy(bpe), sample.Cohort.draw
-    tok.ends = [bpe.eos, *bpe.encode('e')]  # one that comes often, too
-    if labels:
-        tok.add_labels('step', new=True)
-        loud(model.add_tokens(bpe.vocab_size, 2), seed=3)
-    arguments, sampler = (PROMPTS * 2, 2, [30, 5, 41, 60, 17, 33, 1, 24]), Sampler(model, tok, 12)
-    expected = sampler.generate(*arguments)
+def test_looking_seldom_draws_the_same(model, bpe, monkeypatch):
+    """As on a GPU: rows that are done wait, what they draw is ignored, and no draw waits for a number."""
+    model, tokenizer, drawn = copy.deepcopy(model), with_ends(bpe, *bpe.encode('e')), sample.Cohort.draw
+    tokenizer.add_labels('step', new=True)
+    loud(model.add_tokens(bpe.vocab_size, 2), seed=3)
+    sampler = Sampler(model, tokenizer, 12)
+    expected = sampler.generate(*UNEVEN)
 
     def draw_without_waiting(cohort, logits):
         with monkeypatch.context() as patch:
@@ -475,7 +435,7 @@ def test_looking_seldom_draws_the_same(model, bpe, monkeypatch, labels):
             drawn(cohort, logits)
     monkeypatch.setattr(sample.Cohort, 'draw', draw_without_waiting)
     sampler.look_every, sampler.leave_share = 8, 0.5
-    same(sampler.generate(*arguments), expected)
+    same(sampler.generate(*UNEVEN), expected)
 
 def test_samples_are_independent_from_the_first_token_on(bpe):
     V = bpe.vocab_size
@@ -486,40 +446,29 @@ def test_samples_are_independent_from_the_first_token_on(bpe):
     for agree in ((first[:4000] == first[4000:]).sum(), (first[:4000:2] == first[1:4000:2]).sum() * 2):
         assert abs(agree - 4000 / V) < 5 * (4000 / V) ** 0.5 + 5
 
-def test_eos_is_an_action_and_ends_the_row(bpe):
-    V = bpe.vocab_size  # EOS at random times, about once in V / e^3 tokens
-    samples = Sampler(Uniform(V + 7, bpe.eos, 3.0), bpe, 64).generate(['A', 'Question: Tom'], 200, 40, 1.0)
-    assert {s.finished for s in samples} == {True, False}
-    p = (torch.tensor([0.0, 3.0]) - torch.tensor([0.0] * (V + 6) + [3.0]).logsumexp(-1)).tolist()
-    for s in samples:
-        assert len(s.ids) == len(s.logprobs) and bpe.eos not in s.ids[:-1] and max(s.ids) < V
-        assert s.finished == (s.ids[-1] == bpe.eos) and (s.finished or len(s.ids) == 40)  # the whole budget
-        assert s.logprobs[-1] == pytest.approx(p[s.finished], abs=1e-5)
-
 def test_stop_strings(bpe):
     order = bpe.encode(' Tom has 14 apples. How many\nQuestion: Ann')
 
-    class Counts(Uniform):
-        """Says `order`, whatever the prompt, of one token."""
+    class Says(Uniform):
+        """`order`, whatever the prompt of one token."""
         def trunk(self, ids, positions=None, cache=None):
-            self.likes, self.logit = order[(0 if positions is None else positions[0, 0].item()) % len(order)], 50.0
-            return super().trunk(ids)
+            hidden, place = super().trunk(ids), 0 if positions is None else positions[0, 0].item()
+            hidden[..., order[place % len(order)]] = 50.0
+            return hidden
 
-    sampler, text = Sampler(Counts(bpe.vocab_size), bpe), bpe.decode(order)
-    for stop in ('.', '\nQuestion:', 'many\nQ', '14 a', ('never said', 'nor this')):
+    sampler, text = Sampler(Says(bpe.vocab_size), bpe), bpe.decode(order)
+    for stop in ('.', '\nQuestion:', 'many\nQ', '14 a'):  # up to the token that completed it
         s, = sampler.generate([[0]], 1, len(order), 0, stop=stop)
         said = bpe.decode(s.ids)
-        if isinstance(stop, tuple):
-            assert not s.finished and s.ids == order
-        else:  # up to the token that completed it and no further
-            assert s.finished and stop in said and text.startswith(said) and stop not in bpe.decode(s.ids[:-1])
+        assert s.finished and stop in said and text.startswith(said) and stop not in bpe.decode(s.ids[:-1])
 
 def test_bad_arguments(model, bpe):
     for arguments, match in ((dict(k=0), 'k and'), (dict(max_new_tokens=0), 'max_new_tokens must be'),
-                             (dict(temperature=-1), 'temperature'), (dict(temperature=float('nan')), 'temperature'),
-                             (dict(top_p=0), 'top_p'), (dict(top_k=-1), 'top_k'), (dict(max_new_tokens=[5, 5]), '2 budgets'),
-                             (dict(max_new_tokens=95), 'exceed the context of 96 tokens'),
-                             (dict(prompts=['']), 'a prompt is empty')):
+                             (dict(temperature=-1), 'temperature'), (dict(temperature=NAN), 'temperature'),
+                             (dict(top_p=0), 'top_p'), (dict(top_k=-1), 'top_k'),
+                             (dict(prompts=['']), 'a prompt is empty'),
+                             (dict(max_new_tokens=[5, 5]), '2 budgets'),
+                             (dict(max_new_tokens=95), 'exceed the context of 96 tokens')):
         with pytest.raises(UserError, match=match):
             Sampler(model, bpe).generate(**(dict(prompts=['Question: Tom'], max_new_tokens=5) | arguments))
     for name, value in (('max_rows', 0), ('condition', 'bad'), ('condition', 'fine')):
@@ -531,10 +480,8 @@ def test_command_line(bpe, tmp_path, monkeypatch):
     tiny(bpe.vocab_size).save_pretrained(str(tmp_path), bpe)
     monkeypatch.setattr('config.run.setup', lambda device, dtype, seed: (torch.device('cpu'), torch.float32))
     monkeypatch.setattr(sys, 'stdin', io.StringIO('Tom has\nAnn\n'))
-    for flags, n in ((['--start=Tom has', '--max_new_tokens=8', '--k=2'], 2), (['--max_new_tokens=8', '--k=2'], 4),
-                     (['--start=Tom has'], 1)):  # a context of 96 tokens
+    short = '--max_new_tokens=8', '--k=2'
+    for flags, n in ((['--start=Tom has', *short], 2), (short, 4), (['--start=Tom has'], 1)):
         assert run_script('sample.py', f'--init_from={tmp_path}', *flags).stdout.count('-' * 20) == n
-    for flag, said in (('--start=' + 'Tom has ' * 90, 'exceed the context of 96'),
-                       ('--max_new_tokens=0', 'at least 1')):
-        error = run_script('sample.py', f'--init_from={tmp_path}', '--start=Tom has', flag, code=2).stderr
-        assert said in error and error.count('\n') == 1
+    error = run_script('sample.py', f'--init_from={tmp_path}', '--start=' + 'Tom has ' * 90, code=2).stderr
+    assert 'exceed the context of 96' in error and error.count('\n') == 1
