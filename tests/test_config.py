@@ -133,7 +133,7 @@ def test_refused_values_name_setting_value_place_and_what_is_wanted(settings, re
     for wanted, text in ((wanted, text) for wanted, texts in REFUSED[name].items() for text in texts):
         message = refusal(settings, as_argv(recipe, name, text))
         place = 'recipe.py:2' if text.startswith('=') else f'--{name}={text}'
-        assert message.startswith(f'{name} must be ') and message.endswith(f'({place})'), message
+        assert message.startswith(f'{name} must be ') and message.endswith(f'{place})'), message
         assert wanted in message, message
 
 @pytest.mark.parametrize('argv, expected', [
