@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, run_process
 
 from config import UserError, check, override, read_source, run
-from config.run import Log, fast_cpu_matmul, origin, read_rows, setup, start_run
+from config.run import Log, fast_cpu_matmul, origin, setup, start_run
 
 SCRIPT = '''"""A script of the tests.
 
@@ -35,11 +35,9 @@ names = [
     'a',
 ]  # of several lines
 stop = ()
-# ----------
 name = 'demo'        # any text, # or = in it too
 shard = 'auto'       # 'auto' | 'ddp' | 'fsdp': over processes
 source = 'bpe'       # 'bpe' | 'gpt2' | a folder
-# run
 greedy = False       # no sampling
 mode = ''            # what the script shall do
 CONSTANT_TOO = 5     # no setting
@@ -50,7 +48,7 @@ first = second = 7
 
 if __name__ == '__main__':
     late = 8
-    settings = override(globals())
+    override(globals())
     print('work begins', type(temperature), name)
     if mode:
         raise dict(user=UserError('nothing there\\n  to read'), stop=KeyboardInterrupt,
@@ -315,15 +313,9 @@ def test_log(tmp_path, capsys, monkeypatch):
         assert [(row['step'], row['time']) for row in rows()] == [(1, 3.0)] * kept + [(2, 5 + 3 * kept)]
     Log(str(tmp_path))(1)
     assert len(rows()) == 1
-
-def test_read_rows(tmp_path):
-    path = tmp_path / 'rows.jsonl'
-    assert read_rows(str(path)) == [] and not path.exists()
-    path.write_text('{"a": 1}\n{"b": 2}\n{"c"')  # a crash tore the last line
-    assert read_rows(str(path)) == [{'a': 1}, {'b': 2}] and path.read_text() == '{"a": 1}\n{"b": 2}\n'
-    path.write_text('{"a": 1}\nno json\n')
-    with pytest.raises(UserError, match='rows.jsonl'):
-        read_rows(str(path))
+    (tmp_path / 'log.jsonl').write_text('{"step": 1, "time": 3.0}\nno json\n')
+    with pytest.raises(UserError, match='log.jsonl'):
+        Log(str(tmp_path), resume=True)
 
 def test_fast_matmul_is_true_fp32(request):
     matmul = torch.backends.mkldnn.matmul
@@ -337,12 +329,6 @@ def test_fast_matmul_is_true_fp32(request):
 def test_setup_refuses(arguments, match):
     with pytest.raises(UserError, match=match):
         setup(*arguments)
-
-def test_lack_of_memory_is_told_from_other_errors():
-    for said, kind in (("DefaultCPUAllocator: can't allocate memory", UserError), ('a shape', RuntimeError),
-                       ('CUDA error: out of memory', UserError)):
-        with pytest.raises(kind, match=said), run.enough_memory('a test', 'lower it'):
-            raise RuntimeError(said)
 
 @pytest.mark.parametrize('name', ['sft', 'eval', 'rewards', 'ei', 'rcrl', 'ppo'])
 def test_what_would_fail_after_hours_is_refused_at_the_start(name):

@@ -105,12 +105,11 @@ def test_prompts():
 
 SOLUTION = 'She has 3 + 4 = <<3 + 4=7>>7 pens.\n\nShe gives 7-2=<<7-2=5>>5 away.\n  \n#### 5'
 
-@pytest.mark.parametrize('text, found', [
-    (SOLUTION, ['She has 3 + 4 = <<3 + 4=7>>7 pens.', 'She gives 7-2=<<7-2=5>>5 away.']), ('#### 5', []),
-    ('', []), ('a\nb', ['a', 'b']), ('a\nso #### 5\nand on', ['a', 'so ']),
-    ('a\n#####5', ['a']), ('a\n#### 1\nb\n#### 2', ['a', '#### 1', 'b'])])
-def test_steps(text, found):
-    assert steps(text) == found
+def test_steps():
+    assert steps(SOLUTION) == ['She has 3 + 4 = <<3 + 4=7>>7 pens.', 'She gives 7-2=<<7-2=5>>5 away.']
+    for text, found in [('#### 5', ''), ('a\nb', 'ab'), ('a\nb#### 5\nc', 'ab'), ('a\n#####5', 'a')]:
+        assert ''.join(steps(text)) == found
+    assert steps('a\n#### 1\nb\n#### 2') == ['a', '#### 1', 'b']
 
 @pytest.mark.parametrize('text, found', [
     (SOLUTION, '3+4=7 7-2=5'), ('2+3=5, then <<5*2=10>>10', '5*2=10'),

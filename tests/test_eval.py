@@ -155,17 +155,14 @@ def run(tmp_path, bpe, script):
 def test_a_stopped_evaluation_goes_on_and_other_settings_are_refused(run, script, tmp_path, monkeypatch):
     m, records, summary = (tmp_path / 'm' / name for name in ('', 'eval_task.jsonl', 'eval_task.json'))
     assert '| maj@1 | maj@3 | pass@3 |' in run().stdout
-    assert f'| {m} | task | 6 |' in script('eval.py', '--compare', f'{m}', f'{m}').stdout
-    before = records.read_text(), summary.read_text()
-    rows = rows_of(records)
+    before, rows = (records.read_text(), summary.read_text()), rows_of(records)
     assert [r['index'] for r in rows] == list(range(6))
     assert rows[0]['greedy'] == rows[5]['greedy'] and rows[0]['samples'] != rows[5]['samples']  # fresh ones
     records.write_text(before[0][:int(len(before[0]) * 0.6)])  # torn within a line
     run()
     assert (records.read_text(), summary.read_text()) == before
     refused = run('--temperature=0.5', code=2).stderr
-    assert 'other settings (temperature)' in refused and refused.count('\n') == 1
-    assert records.read_text() == before[0]
+    assert 'other settings (temperature)' in refused and records.read_text() == before[0]
     with monkeypatch.context() as patch:  # a signal while the evaluation is replaced
         patch.setattr('config.run.stop_asked', lambda: True)
         stopped = run('--temperature=0.5', '--overwrite').stderr

@@ -10,13 +10,12 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import GPT2, ROOT, real_data
+from conftest import GPT2, ROOT
 from test_rewards import log_of
 
-import data
 from config import override
 from model import ModelConfig, Transformer, sharding
-from sample import disk_needed, load_tokenizer, memory_needed
+from sample import disk_needed, memory_needed
 
 RECIPES = sorted(name for name in os.listdir(os.path.join(ROOT, 'config'))
                  if name.endswith('.py') and name not in ('__init__.py', 'run.py'))
@@ -129,14 +128,9 @@ def claims(name, text):
 
 @pytest.mark.parametrize('name', REAL)
 def test_headers_state_the_memory_and_the_disk_that_the_scripts_compute(name):
-    text, (_, s) = read(f'config/{name}'), settings_of(name)
+    text = read(f'config/{name}')
     for start, end, value in claims(name, text):
         assert text[start:end] == value, text[start - 20:end + 20]
-    cache = r'# (\d+) \* \((\d+) of its own \+ (\d+) of the prompt\) \* ([\d.]+) MiB .* = ([\d.]+) GiB'
-    for rows, own, prompt, mib, product in re.findall(cache, text):
-        assert (int(rows), int(own)) == (s['max_rows'], s['max_new_tokens'])
-        found = int(rows) * (int(own) + int(prompt)) * float(mib) / 1024
-        assert found == pytest.approx(float(product), rel=0.01)
 
 def test_the_arithmetic_is_that_of_known_runs():
     """GiB by micro_tokens, for one GPU in bf16, beside the output projection's fp32 copy and gradient."""
@@ -151,41 +145,22 @@ def test_the_arithmetic_is_that_of_known_runs():
     assert disk_needed(SHAPES['7b'], 2, 1) == (  # a state: 12 * 6.74e9 bytes = 75.3 GiB
         'disk at most about 276.1 GiB, 125.5 GiB when finished: up to 3 states of 75.3 GiB, then 1, and 2 '
         'checkpoints of 25.1 GiB')
-    line = disk_needed(SHAPES['7b'], 2, 1, lora_rank=128)
-    assert float(re.search(r'3 states of ([\d.]+) GiB', line)[1]) < 4
-
-def test_budgets_leave_room_for_the_data_sets_own_solutions(tmp_path):
-    """How many train solutions exceed one, by tokenizer; prompts are as short as the arithmetic assumes."""
-    (tmp_path / 'train.jsonl').symlink_to(os.path.abspath(real_data('gsm8k', 'train.jsonl')))
-    problems, shown = data.load_problems(str(tmp_path), 'train'), data.load_problems(str(tmp_path), 'val')[:2]
-    wordy = [p for p in problems if len(p.solution) > 360]  # characters: no shorter one has 250 tokens
-    asking = sorted(problems, key=lambda p: len(p.question))[-100:]
-    cut = {}
-    for name in ('mistral', 'gpt2'):
-        tok = load_tokenizer(real_data('tokenizers', name))
-        solutions = [tok.encode_pair(data.prompt(p.question), data.completion(p.solution))[1] for p in wordy]
-        cut[name] = [sum(len(ids) >= budget for ids in solutions) for budget in (256, 384, 512)]  # and an EOS
-        for examples, most in (((), 'gsm8k'), (shown, 'two examples')):
-            prompts = [tok.encode_prompt(data.prompt(p.question, examples)) for p in asking]
-            assert max(map(len, prompts)) <= LONGEST_PROMPT[most]
-    assert len(problems) == 7217 and cut == {'mistral': [243, 6, 0], 'gpt2': [22, 0, 0]}  # 3.4%, 0.3% at 256
 
 @pytest.mark.slow
 def test_the_demos_chain_runs_tiny(script, tmp_path):
     out, task = str(tmp_path), [f'--task={tmp_path}', '--device=cpu', '--max_new_tokens=20']
     script('data/arithmetic/prepare.py', f'--out={out}', '--n_train=300', '--n_test=12', '--n_base=400')
+    steps = '--eval_problems=4 --max_steps=4 --n_worked=20'
     for command, name, flags in (
-            ('sft', 'base', 'STEPS --text_file=OUT/base.jsonl --n_layer=1 --n_merges=9 --n_embd=8'),
-            ('sft', 'sft', 'STEPS --init_from=OUT/base --n_worked=20'),
-            ('ei', 'ei', 'STEPS --init_from=OUT/sft --base=OUT/base --n_worked=20 --n_questions=30 --k=2'),
-            ('ppo', 'ppo', 'EVAL --init_from=OUT/sft --n_questions=30 --n_iterations=2 --n_rollouts=32 '
-             '--minibatch=16'),
-            ('rcrl', 'rcrl', 'STEPS --init_from=OUT/ei --base=OUT/base --n_questions=10 --n_worked=20 '
-             '--right_share=0'),
-            ('rewards', 'orm', '--init_from=OUT/sft --base=OUT/ei --samples=OUT/samples.jsonl --k=2 '
+            ('sft', 'base', f'{steps} --text_file={out}/base.jsonl --n_layer=1 --n_merges=9 --n_embd=8'),
+            ('sft', 'sft', f'{steps} --init_from={out}/base'),
+            ('ei', 'ei', f'{steps} --init_from={out}/sft --base={out}/base --n_questions=30 --k=2'),
+            ('ppo', 'ppo', f'--init_from={out}/sft --n_questions=30 --n_iterations=2 --n_rollouts=32 '
+             '--minibatch=16 --eval_problems=4'),
+            ('rcrl', 'rcrl', f'{steps} --init_from={out}/ei --base={out}/base --n_questions=9'
+             ' --right_share=0'),
+            ('rewards', 'orm', f'--init_from={out}/sft --base={out}/ei --samples={out}/samples.jsonl --k=2 '
              '--n_questions=30 --batch_size=4 --balance=False --heldout=8')):
-        few = {'STEPS': '--eval_problems=4 --max_steps=4', 'EVAL': '--eval_problems=4', 'OUT': out}
-        flags = re.sub('|'.join(few), lambda found: few[found[0]], flags)
         script(f'{command}.py', f'config/demo_{name}.py', *task, f'--out_dir={out}/{name}', *flags.split())
         if name == 'ei':  # a policy this small has none right among its solutions: so labels are made
             samples = read(f'{out}/ei/samples_round1.jsonl')
@@ -194,12 +169,10 @@ def test_the_demos_chain_runs_tiny(script, tmp_path):
     runs = [f'{out}/{run}' for run in ('sft', 'ei', 'ppo', 'rcrl')]
     for folder in runs:
         script('eval.py', f'--init_from={folder}', *task, f'--scorer={out}/orm', '--k=4')
-    script('eval.py', f'--init_from={out}/rcrl', *task, '--condition=bad', '--k=0')
     table = script('eval.py', '--compare', *runs).stdout
-    assert table.count('| 12 |') == 5 and table.count('of its different equation sequences') == 3
+    assert table.count('| 12 |') == 4 and table.count('of its different equation sequences') == 3
     assert '| maj@1 | maj@4 | rerank@4 | weighted@4 | pass@4 |' in table
     assert [row['samples_drawn'] for row in log_of(tmp_path / 'ei', 'samples_drawn')] == [60, 120]
-    assert len(log_of(tmp_path / 'ei', 'val_maj1')) == 2
 
 
 if __name__ == '__main__' and '--write' in sys.argv:

@@ -3,7 +3,6 @@ import json
 import math
 import os
 import random
-import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -206,7 +205,7 @@ def test_auroc_against_all_pairs_and_calibration():
 POLICY = '--init_from={coin}/policy '
 MODELS = (f'rewards.py {POLICY} --k=6 --n_questions=40 --heldout=16 --batch_size=16 --lr=3e-3 --rollouts=4 '
           '--epochs=9 ')
-PPO = f'ppo.py {POLICY} --lr=1e-3 --epochs=1 --temperature=1.0 --advantage=group --eval_problems=16 --show=0 '
+PPO = f'ppo.py {POLICY} --lr=1e-3 --epochs=1 --temperature=1 --advantage=group --eval_problems=16 --show=0 '
 BRIEF = PPO + '--n_rollouts=8 --minibatch=8 --n_iterations=1 '
 
 def run(coin, command, out, match='', task='{coin}/task', **names):
@@ -233,17 +232,9 @@ def scorers(coin, tmp_path_factory):
     for kind in ('orm', 'prm'):
         run(coin, MODELS + f'--kind={kind}', folder / kind)
         row, = log_of(folder / kind, 'heldout')
-        assert row['heldout_auroc'] > 0.8 and row['heldout_accuracy'] > 0.6 and row['calibration_error'] < 0.3
+        assert row['heldout_auroc'] > 0.8 and row['heldout_accuracy'] > 0.6
+        assert row['calibration_error'] < 0.3
     return folder
-
-def test_labelling_goes_on_where_it_stopped(coin, scorers, tmp_path):
-    whole, files = scorers / 'prm', ('samples_train.jsonl', 'labels_train.jsonl')
-    shutil.copytree(whole, tmp_path / 'prm', ignore=shutil.ignore_patterns('best'))
-    for name in files:
-        os.truncate(tmp_path / 'prm' / name, os.path.getsize(whole / name) // 2)
-    run(coin, MODELS + '--kind=prm --init_from=resume', tmp_path / 'prm')
-    for name in (*files, 'best/model.safetensors', 'best/value_head.safetensors'):
-        assert (whole / name).read_bytes() == (tmp_path / 'prm' / name).read_bytes(), name
 
 @pytest.mark.slow
 @pytest.mark.parametrize('reward, gain, flags', [  # raw sums can grow by more steps, not better ones
@@ -269,8 +260,9 @@ def test_rerank_and_the_orm_as_a_filter(coin, scorers, tmp_path):
     found = json.loads((tmp_path / 'eval_task.json').read_text())['metrics']
     passed, reranked, weighted, voted = (found[f'{m}@6'][0] for m in ('pass', 'rerank', 'weighted', 'maj'))
     assert passed >= reranked >= passed - 0.13 and reranked > voted and weighted >= voted
-    run(coin, f'ei.py {POLICY} --base={coin}/policy --n_rounds=1 --k=4 --n_questions=20 --max_steps=1 --lr=1e-9 '
-        f'--include_sft=False --eval_problems=8 --reward=orm --tau=0.5 --reward_model={scorers}/orm', tmp_path / 'ei')
+    run(coin, f'ei.py {POLICY} --base={coin}/policy --n_rounds=1 --k=4 --n_questions=20 --max_steps=1 '
+        f'--lr=1e-9 --include_sft=False --eval_problems=8 --reward=orm --tau=0.5 '
+        f'--reward_model={scorers}/orm', tmp_path / 'ei')
     row = log_of(tmp_path / 'ei', 'new_right')[0]
     assert row['new_right'] > row['share_correct'] + 0.2 and row['new_solutions'] >= 10
 
