@@ -1,8 +1,6 @@
 """Problems, prompts, answers, steps and equations, on texts made here; and a task with its own answers."""
 import itertools
 import json
-import random
-import re
 
 import pytest
 
@@ -61,18 +59,6 @@ def test_extract_answer(text, answer):
     else:
         assert is_correct(text, answer) and is_correct(text, text) and not is_correct(text, answer + '1')
         assert extract_answer(rf'\boxed{{{answer}}}') == answer  # its one spelling
-
-def test_no_text_becomes_a_number_when_it_is_read_again():
-    """As a reference is; and digits that stand apart are never one number."""
-    parts = [*'12~{}-%./xe^(),\\ ', '500', '000', '{,}', r'\,', r'\!', r'\ ', r'\frac', r'\ f', 'rac', '{4}',
-             '{5}', r'\$', r'\text{', r'\text{}']
-    rng = random.Random(0)
-    for _ in range(5000):
-        text = ''.join(rng.choices(parts, k=rng.randint(1, 7)))
-        answer = extract_answer(rf'\boxed{{{text}}}')
-        assert answer is None or extract_answer(rf'\boxed{{{answer}}}') == answer, text
-        if 'frac' not in text and re.search(r'[0-9](?:[ ~]|\\[ !]|\\text\{\})+[0-9]', text):
-            assert not re.fullmatch('-?[0-9.]+(/[0-9]+)?', answer or ''), text
 
 @pytest.mark.parametrize('text', [  # start|what is repeated|end
     '|#### |', '|#|', '|#### $ - |', r'|\boxed{|', '|<<|', '|<<1=1|', '|1|', '|1.|', '|1+1=1x|', '|-|',

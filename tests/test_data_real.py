@@ -95,16 +95,13 @@ def test_svamp_keeps_the_official_test_set(svamp):
 
 def test_svamp_rows(svamp):
     """Steps are right and lead to the answer; texts have no trace of tokens; no question occurs twice."""
-    keys = []
     for p in svamp:
         found = equations(p.solution)
         assert len(found) == len(steps(p.solution)) and all(map(annotation_is_right, found))
         assert not found or found[-1].split('=')[1] == p.answer
-        assert len(p.answer.partition('.')[2]) <= 4
         assert not re.search(r'\.[0-9]*0(?![0-9])', p.solution)  # 5, not 5.0
         assert not re.search(r"number[0-9]|\s[.,?!;%)]|[$(]\s|  | 's | n't|’|``|\s'\s", p.question)
-        keys.append(' '.join(re.findall(r'\w+', p.question.lower())))
-    assert len(set(keys)) == len(keys)
+    assert len({' '.join(re.findall(r'\w+', p.question.lower())) for p in svamp}) == len(svamp)
 
 @pytest.mark.parametrize('part, lines', [  # by hand
     ('Conner has 25000', '1500*8=<<1500*8=12000>>12000 25000-12000=<<25000-12000=13000>>13000'),
