@@ -134,6 +134,9 @@ def test_rounds_accumulate_and_reset_to_the_base(coin, bases, run, tmp_path):
 
 # {script: flags: what its one line says | ...}
 BAD = {
+    'sft': '--task=nowhere: nowhere | --init_from=no/where: no/where | --n_worked=10000: n_worked | '
+           '--init_from=resume: no run to resume | --init_from=scratch --n_embd=17: n_embd | '
+           '--init_from=scratch --block_size=5: fits the context of 5 tokens',
     'ei': "--base=: needs the checkpoint | --n_questions=1000: n_questions | "
           '--init_from=TMP/nothing: nothing | --base=TMP/other: different tokenizers | '
           '--reward=orm: with a reward_model | --reward=orm --reward_model=x --tau=1: keeps nothing | '
@@ -174,8 +177,7 @@ def test_bad_input_is_one_line(coin, bases, run, tmp_path, bpe):
     lengthen(coin, tmp_path / 'long', slice(-256, None), 30)
     folders = {'TMP': str(tmp_path), 'BASES': str(bases), 'COIN': str(coin)}
     for name in OWN:
-        budgets = '--max_new_tokens=127: max_new_tokens = 127 | --task=TMP/long: the context of 128'
-        entries = f'{BAD[name]} | {budgets}' if name in BAD else budgets
+        entries = BAD[name] + ' | --max_new_tokens=127: tokens = 127 | --task=TMP/long: the context of 128'
         for entry in re.sub('TMP|BASES|COIN', lambda found: folders[found[0]], entries).split(' | '):
             flags, said = entry.split(': ')
             refused(name, flags.split(), said)
@@ -230,11 +232,3 @@ def test_a_finished_run_keeps_what_was_asked_for(run, tmp_path, name, more):
     error = run(name, more, '--init_from=resume', code=2).stderr
     assert 'kept no state to go on from' in error and error.count('\n') == 1
     assert not os.listdir(states) and best.read_bytes() == before
-
-def test_the_defaults_of_sft_work_from_scratch(coin, tmp_path):
-    """The shape aside, which is small."""
-    flags = (f'--task={coin}/task --out_dir={tmp_path}/run --eval_problems=2 --device=cpu --max_steps=1 '
-             '--n_worked=8 --batch_size=4 --n_layer=1 --n_head=2 --n_kv_head=1 --n_embd=8').split()
-    run_script('sft.py', *flags)
-    error = run_script('sft.py', *flags, '--overwrite', '--block_size=256', code=2).stderr
-    assert 'max_new_tokens = 256 exceed the context of 256' in error and (tmp_path / 'run' / 'last').exists()
