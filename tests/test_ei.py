@@ -47,12 +47,13 @@ def test_with_a_reward_model_its_score_of_the_whole_solution_is_the_return(bpe):
 
 def test_exploration_in_pieces_equals_one_in_a_single_go(bpe, tmp_path, monkeypatch):
     sampler = Sampler(loud(Transformer(tiny_config(bpe.vocab_size))), bpe, max_rows=2)
-    problems, drawn, generate = [coin_problem(i) for i in range(29)], [], sampler.generate
+    problems, drawn, generate = [coin_problem(i % 28) for i in range(29)], [], sampler.generate
     arguments = dict(k=2, max_new_tokens=8, temperature=1.0, seed=4, desc='')
     found = explore(sampler, problems, str(tmp_path / 'whole'), **arguments)
     whole = [next(found), *found]  # read from the disk a question at a time
     lines = (tmp_path / 'whole').read_text()
     assert [len(group) for group in whole] == [2] * 29 and lines.count('\n') == 29
+    assert [s.ids for s in whole[0]] != [s.ids for s in whole[28]]  # a question that is asked again
     (tmp_path / 'torn').write_text(lines[:len(lines) // 2])  # killed while it wrote a line
     monkeypatch.setattr(sampler, 'generate',
                         lambda prompts, *a, **k: drawn.extend(prompts) or generate(prompts, *a, **k))
