@@ -221,11 +221,11 @@ def test_a_setting_that_was_changed_counts_and_not_the_state(coin, tmp_path, mon
     flags = f'--reward=prm --reward_model={tmp_path}/prm --refine=clip --save_interval=1 --alpha=0.5'.split()
     paying = Mock(side_effect=rewards.prm_rewards)
     monkeypatch.setattr(rewards, 'prm_rewards', paying)
-    for n, changes in enumerate(('--eta_quantile=0.5', '--eta_quantile=0.5 --eta=0.9', '--eta=0.25')):
+    for n, changes in enumerate(('--eta_quantile=0.5', '--eta_quantile=0.5 --eta=0.9', '--eta=0.95')):
         changes = [*changes.split(), f'--n_iterations={n + 1}'] + ['--init_from=resume'] * (n > 0)
         run_ppo(coin, tmp_path / 'eta', *flags, *changes)
     found, again, changed = [call.args[-1] for call in paying.call_args_list]
-    assert found == again and changed == 0.25
+    assert found == again and changed == 0.95
     row, paid = iterations(tmp_path / 'eta')[-1], sum(rewards.prm_rewards(*paying.call_args.args))
     assert row['reward_prm'] == pytest.approx(0.5 * paid.sum().item() / 64, rel=1e-3)
 
