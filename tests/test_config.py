@@ -3,10 +3,11 @@ import importlib
 import json
 import math
 import os
-import platform
+import shlex
 import subprocess
 import sys
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from conftest import ROOT, run_process
 
 from config import UserError, check, override, read_source, run
-from config.run import Log, fast_cpu_matmul, origin, read_rows, setup, start_run
+from config.run import Log, fast_cpu_matmul, origin, setup, start_run
 
 SCRIPT = '''"""A script of the tests.
 
@@ -30,16 +31,13 @@ temperature = 0.7
 top_p = 1.0          # of the mass (above 0, at most 1), or (as they say) all
 lam = 0.5            # (0 to 1)
 seeds = (0, 1)       # one run each
-names = ['a']
-stop = ()
-long = [
-    1.5,
+names = [
+    'a',
 ]  # of several lines
-# ----------
+stop = ()
 name = 'demo'        # any text, # or = in it too
 shard = 'auto'       # 'auto' | 'ddp' | 'fsdp': over processes
 source = 'bpe'       # 'bpe' | 'gpt2' | a folder
-# run
 greedy = False       # no sampling
 mode = ''            # what the script shall do
 CONSTANT_TOO = 5     # no setting
@@ -50,12 +48,13 @@ first = second = 7
 
 if __name__ == '__main__':
     late = 8
-    settings = override(globals())
+    override(globals())
     print('work begins', type(temperature), name)
     if mode:
-        raise dict(user=UserError('nothing there\\n  to read'), stop=KeyboardInterrupt, bug=ValueError('a bug'))[mode]
+        raise dict(user=UserError('nothing there\\n  to read'), stop=KeyboardInterrupt,
+                   bug=ValueError('a bug'))[mode]
 '''
-NAMES = 'k temperature top_p lam seeds names stop long name shard source greedy mode'.split()
+NAMES = 'k temperature top_p lam seeds names stop name shard source greedy mode'.split()
 
 @pytest.fixture(autouse=True)
 def keep_excepthook(monkeypatch):
@@ -88,21 +87,20 @@ def test_what_a_setting_is_and_what_is_printed(settings, capsys, monkeypatch):
 CASTS = {  # {setting: {text of a flag, or with = before it of a recipe: value}}
     'k': {'3': 3, '1e6': 1000000, '1_000': 1000, '2.0': 2, '=1e3': 1000},
     'temperature': {'1': 1.0, '3e-4': 3e-4, '-.5': -0.5, '=2': 2.0},
-    'name': {'': '', '3': '3', 'true': 'true', "'q'": "'q'", '="x"': 'x', 'config/x.py': 'config/x.py', ' a b ': ' a b '},
+    'name': {'': '', '3': '3', "'q'": "'q'", '="x"': 'x', 'config/x.py': 'config/x.py', ' a b ': ' a b '},
     'greedy': {'true': True, 'False': False, '=True': True},
     'seeds': {'1,2': (1, 2), '[1,2]': (1, 2), '(1,)': (1,), '()': (), '=[3, 1e3]': (3, 1000)},
     'names': {'"a","b"': ['a', 'b'], '=("c",)': ['c']},
     'stop': {'["x", 1, 2.5, True]': ('x', 1, 2.5, True)},
-    'long': {'1,2': [1.0, 2.0]},
     'top_p': {'1': 1.0, '0.1': 0.1}, 'lam': {'0': 0.0, '1': 1.0},
     'shard': {'ddp': 'ddp', '="fsdp"': 'fsdp'}, 'source': {'some/folder': 'some/folder'}}
 REFUSED = {
-    'k': {'an int': ['2.5', 'x', '', 'True', '"3"', '1e999', '=True', '="3"', '=None', '=float("nan")', '2+2',
-                     '__import__("os")', '1 2', '=len', '=[1]'], 'at least 1': ['0', '=-3']},
-    'temperature': {'a finite float': ['nan', 'inf', '1e999', 'True', '1j', '=float("nan")', '="0.5"', '=10 ** 400']},
+    'k': {'an int': ['2.5', 'x', '', 'True', '"3"', '1e999', '=True', '=None', '=float("nan")', '2+2',
+                     '__import__("os")', '=len'], 'at least 1': ['0', '=-3']},
+    'temperature': {'a finite float': ['nan', '1e999', 'True', '=float("nan")', '="0.5"', '=10 ** 400']},
     'greedy': {'True or False': ['1', 'yes', '', 'TRUE', '=1', '="True"']},
     'name': {'a string': ['=3', '=None', '=["a"]']},
-    'seeds': {'a tuple': ['1', 'x', '', '"12"', '={1: 2}'], 'each element an int': ['1,2.5', '1,True']},
+    'seeds': {'a tuple': ['1', '', '"12"', '={1: 2}'], 'each element an int': ['1,2.5', '1,True']},
     'names': {'a list': ['a,b'], 'each element a string': ['1,2']},
     'stop': {'each element a plain value': ['[None]'], 'a tuple': ['[float]'],
              'each element a finite float': ['=[float("nan")]']},
@@ -133,27 +131,25 @@ def test_refused_values_name_setting_value_place_and_what_is_wanted(settings, re
     for wanted, text in ((wanted, text) for wanted, texts in REFUSED[name].items() for text in texts):
         message = refusal(settings, as_argv(recipe, name, text))
         place = 'recipe.py:2' if text.startswith('=') else f'--{name}={text}'
-        assert message.startswith(f'{name} must be ') and wanted in message and f'{place})' in message, message
+        assert message.startswith(f'{name} must be ') and message.endswith(f'{place})'), message
+        assert wanted in message, message
 
 @pytest.mark.parametrize('argv, expected', [
     ('--temprature=1', 'unknown setting temprature (--temprature=1); nearest: temperature'),
-    ('--TEMP=1', 'nearest: temperature'), ('--xyzzy=1', '--help'), ('--', 'unknown setting'),
+    ('--xyzzy=1', '--help'),
     *((f'--{name}=1', f'unknown setting {name}')
       for name in ('CONSTANT_TOO', '_hidden', 'late', 'empty', 'sep', 'first', '__file__')),
-    ('--k 3', '--k needs a value; write --k=...'), ('--k', 'write --k=...'), ('--k --greedy', 'write --k=...'),
-    ('--greedy True', "cannot read 'True'"), ('--name', 'write --name=...'), ('-k=3', 'write --k=3'),
-    ('-k 3', 'write --k'), ('k=3', 'write --k=3'), ('demo', "cannot read 'demo'; flags are --name=value"),
-    # the script's type is kept
-    ('--k=1 --k=x', '--k=x'), ('--seeds=() --seeds=1.5,2', 'each element an int'),
-    ('--k=0', 'k must be at least 1, not 0 (--k=0)'),
-    ('--shard=x', "shard must be 'auto', 'ddp' or 'fsdp', not 'x' (--shard=x)")])
+    ('--k', '--k needs a value; write --k=...'), ('--greedy True', "cannot read 'True'"),
+    ('--name', 'write --name=...'), ('-k=3', 'write --k=3'), ('k=3', 'write --k=3'),
+    ('demo', "cannot read 'demo'; flags are --name=value"),
+    ('--k=1 --k=x', '--k=x'), ('--seeds=() --seeds=1.5,2', 'an int')])  # the script's type is kept
 def test_refused_arguments(settings, argv, expected):
     assert expected in refusal(settings, argv.split())
 
 def test_recipes_and_flags_apply_in_order(settings, recipe):
     one = recipe('k = 10\ntemperature = 1\n', 'one.py')
-    two = recipe('import math\nfrom os import path\n_n = 3\nk = _n * 7\ndef f(): pass\nclass C: pass\n', 'two.py')
-    three = recipe('name = __file__\nstop = (__name__,)\nif __name__ == "__main__":\n    k = 9\n', 'three.py')
+    two = recipe('import math\n_n = 3\nk = _n * 7\ndef f(): pass\nclass C: pass\n', 'two.py')
+    three = recipe('name = __file__\nif __name__ == "__main__":\n    k = 9\n', 'three.py')
     assert override(settings, ['--k=1', one])['k'] == 10 and override(settings, [one, '--k=1'])['k'] == 1
     values = override(settings, ('--temperature=2', one, two, '--greedy', three))
     assert (values['k'], values['temperature'], values['greedy'], values['name']) == (21, 1.0, True, three)
@@ -165,18 +161,14 @@ def test_recipes_and_flags_apply_in_order(settings, recipe):
     ('k = 3\n\nk = 1 / 0\n', 'PATH:3: ZeroDivisionError: division by zero'),
     ('k = temperature\n', 'PATH:1: NameError'),  # the script's settings are not there
     ('def _f():\n    return {}["x"]\nk = _f()\n', "PATH:2: KeyError: 'x'"),
-    ('\nopen("no/such/file")\n', 'PATH:2: FileNotFoundError'), ('from config.demo_sft import *\n', 'unknown setting'),
+    ('from config.demo_sft import *\n', 'unknown setting'),
     ('k = 1\nk = 2\nk = "x"\n', "k must be an int, not 'x' (PATH:3)"),
-    ('for i in range(3): k = i\n', 'unknown setting i (PATH:1)')])
+    ('for i in range(3): k = i\n', 'unknown setting i (PATH:1)'),
+    ('/no/where.py', 'PATH: FileNotFoundError'),
+    *((f'{ROOT}/config/{name}.py', 'PATH is no recipe') for name in ('run', '__init__'))])
 def test_a_recipe_that_fails(settings, recipe, text, expected):
-    path = recipe(text)
+    path = recipe(text) if '\n' in text else text
     assert expected.replace('PATH', path) in refusal(settings, [path])
-
-@pytest.mark.parametrize('path, reason', [('/no/where.py', 'No such file'), (f'{ROOT}/config/run.py', 'no recipe'),
-                                          (f'{ROOT}/config/__init__.py', 'no recipe')])
-def test_what_is_no_recipe(settings, path, reason):
-    message = refusal(settings, [path])
-    assert path in message and reason in message
 
 def test_a_notebook_and_help(settings, capsys):
     notebook = {'lr': 1.0, '_x': 1, 'os': os, 'f': len, 'N': 3}
@@ -200,7 +192,8 @@ def test_command_line(settings):
     assert done.stdout.endswith(' a=b\n')
     done = run_process(file, '--mode=bug', code=1)
     assert 'Traceback' in done.stderr and done.stderr.endswith('ValueError: a bug\n')
-    assert run_process('-c', 'import sys, config; print({"torch", "numpy"} & set(sys.modules))').stdout == 'set()\n'
+    done = run_process('-c', 'import sys, config; print({"torch", "numpy"} & set(sys.modules))')
+    assert done.stdout == 'set()\n'
     code = 'import sys, config; sys.excepthook = config.one_line\nfor _ in range(20000): print("x" * 100)'
     done = subprocess.run(f"{sys.executable} -c '{code}' | head -1", shell=True, cwd=ROOT,
                           capture_output=True, text=True)
@@ -220,34 +213,29 @@ def stored(out):
 def test_start_run_writes_the_settings_and_resuming_what_has_changed(out, capsys, monkeypatch):
     out.mkdir(parents=True)
     (out / 'config.json.tmp').write_text('{')  # killed before its settings were written
-    monkeypatch.setattr(sys, 'argv', ['sft.py', '--name=two words'])
-    begin(out)
     commands = ["sft.py '--name=two words'", 'sft.py --init_from=resume', 'sft.py --lr=0.1']
-    first = dict(out_dir=str(out), init_from='scratch', lr=0.5, seeds=[1, 2],
-                 overwrite=False, device='cpu', _job='')
-    assert stored(out) == first | {'_commands': commands[:1]}
-    assert sorted(os.listdir(out)) == ['config.json', 'log.jsonl']
-    (out / 'weights').write_text('x')  # survives, overwrite or not
     other = 'resumed with other settings than before: lr 0.5 -> 0.1, new None -> 1\n'
-    for command, changes, said in zip(commands[1:], ({}, {'lr': 0.1, 'new': 1}), ('', other)):
-        monkeypatch.setattr(sys, 'argv', command.split())
-        begin(out, resume=True, init_from='resume', device='cuda', overwrite=True, **changes)
+    resumed = dict(resume=True, init_from='resume', device='cuda', overwrite=True)
+    steps = ({}, ''), (resumed, ''), ({'lr': 0.1, 'new': 1} | resumed, other)
+    for command, (changes, said) in zip(commands, steps):
+        monkeypatch.setattr(sys, 'argv', shlex.split(command))
+        begin(out, **changes)
         assert capsys.readouterr().out == said
+        if not changes:
+            assert stored(out) == dict(out_dir=str(out), init_from='scratch', lr=0.5, seeds=[1, 2],
+                                       overwrite=False, device='cpu', _job='', _commands=commands[:1])
+            (out / 'weights').write_text('x')  # survives, overwrite or not
     config = stored(out)
     assert (config['lr'], config['init_from'], config['_commands']) == (0.1, 'scratch', commands)
     assert sorted(os.listdir(out)) == ['config.json', 'log.jsonl', 'weights']
 
 def test_only_a_restart_of_the_same_job_goes_on_unasked(out, monkeypatch):
-    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'a name that other jobs have, too')
     monkeypatch.setenv('RUN_JOB', 'mine')
     begin(out, init_from='base')
-    for restarts in '01':  # its own agent may count none
-        monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', restarts)
-        for job, found in (('mine', (True, 'base')), ('another', (False, 'scratch')),
-                           ('', (False, 'scratch'))):
-            monkeypatch.setenv('RUN_JOB', job)
-            assert origin('scratch', str(out)) == found and origin('resume', str(out)) == (True, 'base')
-            assert origin('scratch', str(out / 'elsewhere')) == (False, 'scratch')
+    for job, found in (('mine', (True, 'base')), ('another', (False, 'scratch')), ('', (False, 'scratch'))):
+        monkeypatch.setenv('RUN_JOB', job)
+        assert origin('scratch', str(out)) == found and origin('resume', str(out)) == (True, 'base')
+        assert origin('scratch', str(out / 'elsewhere')) == (False, 'scratch')
     begin(out / 'alone')
     assert not origin('scratch', str(out / 'alone'))[0]  # no job is not a job
     (out / 'last').mkdir()
@@ -272,86 +260,62 @@ def test_a_run_is_replaced_only_when_asked_and_never_what_is_needed(out, monkeyp
     with monkeypatch.context() as patch, pytest.raises(UserError, match='choose another'):
         patch.chdir(out)
         begin('.', overwrite=True)
-    assert sorted(os.listdir(out)) == ['best', 'config.json', 'inner', 'link', 'log.jsonl'] and stored(out)['lr'] == 0.5
     os.rename(out / 'inner', out.parent / 'inner')
+    for module, name, how in ((run.shutil, 'rmtree', 'overwrite'), (os, 'replace', 'resume')):  # a full disk
+        with monkeypatch.context() as patch, pytest.raises(UserError, match='No space left'):
+            patch.setattr(module, name, Mock(side_effect=OSError(28, 'No space left on device')))
+            begin(out, lr=0.1, **{how: True})
+        assert stored(out)['lr'] == 0.5 and (out / 'best' / 'file').exists()
     begin(out, lr=0.1, overwrite=True)
-    assert sorted(os.listdir(out)) == ['config.json', 'log.jsonl'] and (out.parent / 'kept' / 'file').exists()
+    assert sorted(os.listdir(out)) == ['config.json', 'log.jsonl']
+    assert (out.parent / 'kept' / 'file').exists()
     assert stored(out)['lr'] == 0.1 and len(stored(out)['_commands']) == 1
 
-@pytest.mark.parametrize('content', [None, '{}', '{"model_type": "llama"}', '{"_comm', '[1]', '"_commands"'])
+@pytest.mark.parametrize('content', [None, '{"model_type": "llama"}', '{"_comm', '[1]', '"_commands"'])
 def test_what_is_no_run_is_never_removed_or_resumed(out, content):
     out.mkdir(parents=True)
     (out / 'precious').write_text('x')
     if content is not None:
         (out / 'config.json').write_text(content)
-    for how in ({}, {'overwrite': True}, {'resume': True}, {'resume': True, 'overwrite': True}):
+    for how in ({}, {'overwrite': True}, {'resume': True}):
         with pytest.raises(UserError, match=f'{out}.* no run'):
             begin(out, **how)
-    assert (out / 'precious').exists() and (content is None) == (not (out / 'config.json').exists())
     for out_dir in (out / 'precious', out / 'precious' / 'below', ''):
         with pytest.raises(UserError, match='out_dir'):
             begin(out_dir)
     assert (out / 'precious').read_text() == 'x'
-
-def test_what_stops_half_way_can_be_repeated(out, monkeypatch):
-    def fails(*arguments):
-        raise OSError(28, 'No space left on device')
-    begin(out)
-    before = stored(out)
-    (out / 'best').mkdir()
-    for module, name, how in ((run.shutil, 'rmtree', 'overwrite'), (os, 'replace', 'resume')):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match='No space left'):
-            patch.setattr(module, name, fails)
-            begin(out, lr=0.1, **{how: True})
-        assert stored(out) == before
-    begin(out, overwrite=True)
-    assert sorted(os.listdir(out)) == ['config.json', 'log.jsonl']
+    assert (out / 'config.json').exists() == (content is not None)
 
 def test_log(tmp_path, capsys, monkeypatch):
-    def no_constants(name):
-        raise AssertionError(f'{name} is no JSON')
-
     def rows():
-        return [json.loads(line, parse_constant=no_constants) for line in open(tmp_path / 'log.jsonl')]
+        def refuse(name):
+            raise AssertionError(f'{name} is no JSON')
+        return [json.loads(line, parse_constant=refuse) for line in open(tmp_path / 'log.jsonl')]
     now = [1000.0]
     monkeypatch.setattr(run.time, 'time', lambda: now[0])
     log = Log(str(tmp_path))
     now[0] += 2.5
     values = dict(loss=1.23456, tokens=123456, lr=2e-5, rate=12345.678, note='x', ok=True)
     log(100, **values, bad=math.nan, worse=-math.inf)
-    assert capsys.readouterr().out == ('step 100 | loss 1.2346 | tokens 123456 | lr 2e-05 | rate 12346 | note x | '
-                                       'ok True | bad nan | worse -inf\n')
-    row = rows()[0]  # on disk before the next one
-    assert 0.1 < row.pop('memory') < 64 and row == values | {'step': 100, 'time': 2.5,
-                                                             'bad': None, 'worse': None}
-    log(np.int64(1), a=np.float32(0.5), b=torch.tensor(2.0, requires_grad=True), c=torch.tensor(3), d=np.float64('nan'),
-        e=torch.tensor(math.inf), f=np.bool_(True), g=torch.tensor([0.25]))
-    row = rows()[1]
-    del row['time'], row['memory']
-    assert row == dict(step=1, a=0.5, b=2.0, c=3, d=None, e=None, f=True, g=0.25) and isinstance(row['c'], int)
-    with open(tmp_path / 'log.jsonl', 'a') as f:
-        f.write('{"step": 3, "ti')  # a crash while writing
-    now[0] += 1000
-    log = Log(str(tmp_path), resume=True)
-    now[0] += 5
-    log(3, loss=1.0)
-    assert [(row['step'], row['time']) for row in rows()] == [(100, 2.5), (1, 2.5), (3, 7.5)]
+    assert capsys.readouterr().out == ('step 100 | loss 1.2346 | tokens 123456 | lr 2e-05 | rate 12346 | '
+                                       'note x | ok True | bad nan | worse -inf\n')
+    row, = rows()  # on disk before the next one
+    assert 0.1 < row.pop('memory') < 64
+    assert row == values | {'step': 100, 'time': 2.5, 'bad': None, 'worse': None}
+    log(np.int64(1), a=np.float32(0.5), b=torch.tensor(2.0, requires_grad=True), c=torch.tensor(3),
+        d=np.float64('nan'), e=torch.tensor(math.inf), f=np.bool_(True))
+    assert rows()[1].items() >= dict(step=1, a=0.5, b=2.0, c=3, d=None, e=None, f=True).items()
     for content in ('', '{"step": 1, "ti', '{"step": 1, "time": 3.0}', '{"step": 1, "time": 3.0}\n'):
-        (tmp_path / 'log.jsonl').write_text(content)
-        Log(str(tmp_path), resume=True)(2)
-        kept = content.count('\n')
-        assert [row['step'] for row in rows()] == [1] * kept + [2] and rows()[-1]['time'] >= 3 * kept
+        (tmp_path / 'log.jsonl').write_text(content)  # a crash while it wrote a line
+        log, kept = Log(str(tmp_path), resume=True), content.count('\n')
+        now[0] += 5
+        log(2)
+        assert [(row['step'], row['time']) for row in rows()] == [(1, 3.0)] * kept + [(2, 5 + 3 * kept)]
     Log(str(tmp_path))(1)
     assert len(rows()) == 1
-
-def test_read_rows(tmp_path):
-    path = tmp_path / 'rows.jsonl'
-    assert read_rows(str(path)) == [] and not path.exists()
-    path.write_text('{"a": 1}\n{"b": 2}\n{"c"')  # a crash tore the last line
-    assert read_rows(str(path)) == [{'a': 1}, {'b': 2}] and path.read_text() == '{"a": 1}\n{"b": 2}\n'
-    path.write_text('{"a": 1}\nno json\n')
-    with pytest.raises(UserError, match='rows.jsonl'):
-        read_rows(str(path))
+    (tmp_path / 'log.jsonl').write_text('{"step": 1, "time": 3.0}\nno json\n')
+    with pytest.raises(UserError, match='log.jsonl'):
+        Log(str(tmp_path), resume=True)
 
 def test_fast_matmul_is_true_fp32(request):
     matmul = torch.backends.mkldnn.matmul
@@ -360,40 +324,16 @@ def test_fast_matmul_is_true_fp32(request):
     a, b = torch.randn(300, 200), torch.randn(100, 200)
     assert (torch.nn.functional.linear(a, b) - (a.double() @ b.double().T)).abs().max() < 1e-4
 
-@pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='a setting of glibc')
-def test_freed_memory_is_kept():
-    """A tensor of 64 MB is 16,384 pages, which it finds in place once the heap is large enough."""
-    code = ('from resource import *\nimport torch, config.run\nconfig.run.keep_freed_memory()\nfor _ in range(12):\n'
-            '    before = getrusage(RUSAGE_SELF).ru_minflt\n    torch.zeros(2 ** 24)\n'
-            '    print(getrusage(RUSAGE_SELF).ru_minflt - before)')
-    assert min(map(int, run_process('-c', code).stdout.split())) < 1000
-
-@pytest.mark.parametrize('arguments, match', [(('abacus',), "device 'abacus' cannot be used"), (('cpu', 'float8'), 'dtype is')])
+@pytest.mark.parametrize('arguments, match', [
+    (('abacus',), "device 'abacus' cannot be used"), (('cpu', 'float8'), 'dtype is')])
 def test_setup_refuses(arguments, match):
     with pytest.raises(UserError, match=match):
         setup(*arguments)
 
-@pytest.mark.parametrize('device', ['cuda', 'cuda:1'])
-def test_setup_gives_set_device_a_number(monkeypatch, device):
-    """torch.cuda.set_device refuses a device without one, on a machine with a GPU, too."""
-    asked = []
-    monkeypatch.setattr(torch._C, '_cuda_setDevice', asked.append, raising=False)
-    monkeypatch.setattr(run, 'SEVERAL', False)
-    monkeypatch.setattr(torch, 'empty', lambda *a, device: device)
-    monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda to: None)
-    assert setup(device, 'float32')[0] == torch.device('cuda', asked[0]) and asked == [int(device[5:] or 0)]
-
-def test_lack_of_memory_is_told_from_other_errors():
-    for said, kind in (("DefaultCPUAllocator: can't allocate memory", UserError), ('a shape', RuntimeError),
-                       ('CUDA error: out of memory', UserError)):
-        with pytest.raises(kind, match=said), run.enough_memory('a test', 'lower it'):
-            raise RuntimeError(said)
-
 @pytest.mark.parametrize('name', ['sft', 'eval', 'rewards', 'ei', 'rcrl', 'ppo'])
 def test_what_would_fail_after_hours_is_refused_at_the_start(name):
     comments, _ = read_source(vars(importlib.import_module(name)))
-    for setting, value in dict(max_rows=0, max_new_tokens=0, micro_tokens=0, batch_size=0, max_steps=-1, epochs=0).items():
-        if setting in comments:
-            with pytest.raises(ValueError):
-                check(value, comments[setting])
+    wrong = dict(max_rows=0, max_new_tokens=0, micro_tokens=0, batch_size=0, max_steps=-1, epochs=0)
+    for setting in wrong.keys() & comments.keys():
+        with pytest.raises(ValueError):
+            check(wrong[setting], comments[setting])

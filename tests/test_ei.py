@@ -1,9 +1,7 @@
 """Expert Iteration: filter, de-duplication, accumulation, reset; and what holds for all scripts."""
-import json
 import os
 import re
 import shutil
-import tracemalloc
 from unittest.mock import Mock
 
 import pytest
@@ -12,8 +10,9 @@ from conftest import coin_problem, loud, run_script, tiny_config
 from test_rewards import log_of, rows_of
 
 from config import UserError
+from config.run import write_rows
 from ei import returns_of, select, solution_key
-from eval import Solution, explore, score, solutions_of
+from eval import Solution, explore, score
 from model import Transformer
 from sample import Sampler, load_tokenizer
 
@@ -48,34 +47,23 @@ def test_with_a_reward_model_its_score_of_the_whole_solution_is_the_return(bpe):
 
 def test_exploration_in_pieces_equals_one_in_a_single_go(bpe, tmp_path, monkeypatch):
     sampler = Sampler(loud(Transformer(tiny_config(bpe.vocab_size))), bpe, max_rows=2)
-    problems, drawn, generate = [coin_problem(i) for i in range(29)], [], sampler.generate
+    problems, drawn, generate = [coin_problem(i % 28) for i in range(29)], [], sampler.generate
     arguments = dict(k=2, max_new_tokens=8, temperature=1.0, seed=4, desc='')
-    whole = list(explore(sampler, problems, str(tmp_path / 'whole'), **arguments))
+    found = explore(sampler, problems, str(tmp_path / 'whole'), **arguments)
+    whole = [next(found), *found]  # read from the disk a question at a time
     lines = (tmp_path / 'whole').read_text()
     assert [len(group) for group in whole] == [2] * 29 and lines.count('\n') == 29
+    assert [s.ids for s in whole[0]] != [s.ids for s in whole[28]]  # a question that is asked again
     (tmp_path / 'torn').write_text(lines[:len(lines) // 2])  # killed while it wrote a line
     monkeypatch.setattr(sampler, 'generate',
                         lambda prompts, *a, **k: drawn.extend(prompts) or generate(prompts, *a, **k))
-    for file, asked, changes, said in (('torn', problems, {'k': 3}, 'samples a question, not k'),
-                                       ('whole', problems[1:], {}, 'other questions')):
+    for asked, changes, said in ((problems, {'k': 3}, 'samples a question, not k'),
+                                 (problems[1:], {}, 'other questions')):
         with pytest.raises(UserError, match=said):  # before anything is drawn
-            explore(sampler, asked, str(tmp_path / file), **arguments | changes)
+            explore(sampler, asked, str(tmp_path / 'torn'), **arguments | changes)
     assert not drawn
     assert list(explore(sampler, problems, str(tmp_path / 'torn'), **arguments)) == whole
     assert (tmp_path / 'torn').read_text() == lines and 10 < len(drawn) < 20  # what was there stays
-
-def test_samples_are_read_from_the_disk_a_question_at_a_time(bpe, tmp_path):
-    """Those of all questions together are 4 MB here."""
-    problems, row = [coin_problem(i) for i in range(200)], solution('x' * 10_000).row(ids=[1])
-    with open(tmp_path / 'f', 'w') as f:
-        f.writelines(json.dumps({'index': i, 'question': p.question, 'samples': [row, row]}) + '\n'
-                     for i, p in enumerate(problems))
-    tracemalloc.start()
-    try:
-        assert sum(len(group) for group in solutions_of(str(tmp_path / 'f'), problems, bpe)) == 400
-        assert tracemalloc.get_traced_memory()[1] < 1e6
-    finally:
-        tracemalloc.stop()
 
 # ---- the script, with a policy that answers right every second time, and a base that knows nothing ----
 @pytest.fixture(scope='module')
@@ -115,20 +103,18 @@ def test_rounds_accumulate_and_reset_to_the_base(coin, bases, run, tmp_path):
     rounds = log_of(ei, 'dataset')
     assert [row['samples_drawn'] for row in rounds] == [48, 96]
     # the log is what can be counted in the samples, all of them at once
-    dataset, seen = 6, [{solution_key('1+1=<<1+1=2>>2')} if i < 6 else set() for i in range(12)]
+    seen = [{solution_key('1+1=<<1+1=2>>2')} if i < 6 else set() for i in range(12)]
     for number, row in enumerate(rounds, 1):
-        found = [line['samples'] for line in rows_of(ei / f'samples_round{number}.jsonl')]
-        flat, before = sum(found, []), sum(map(len, seen))
-        for group, keys in zip(found, seen):
-            keys |= {solution_key(s['text']) for s in group if s['correct']}
-        new = sum(map(len, seen)) - before
-        dataset += new
-        assert row['share_correct'] == sum(s['correct'] for s in flat) / 48
-        assert row['share_truncated'] == sum(not s['finished'] for s in flat) / 48
-        assert row['solved'] == sum(any(s['correct'] for s in group) for group in found) / 12
-        assert (row['new_solutions'], row['dataset']) == (new, dataset)
+        found, before = rows_of(ei / f'samples_round{number}.jsonl'), sum(map(len, seen))
+        correct = [[s['correct'] for s in line['samples']] for line in found]
+        for line, keys in zip(found, seen):
+            keys |= {solution_key(s['text']) for s in line['samples'] if s['correct']}
+        assert row['share_correct'] == sum(map(sum, correct)) / 48
+        cut = sum(not s['finished'] for line in found for s in line['samples'])
+        assert row['share_truncated'] == cut / 48
+        assert row['solved'] == sum(map(any, correct)) / 12
+        assert (row['new_solutions'], row['dataset']) == (sum(map(len, seen)) - before, sum(map(len, seen)))
     assert rounds[0]['new_solutions'] > 0  # none of 24 samples is right once in 2 ** 24
-    assert sorted(name for name in os.listdir(ei) if name.startswith('round')) == ['round1', 'round2']
 
     # four steps of Adam walk at most 4 * lr a weight from where the round began: the base, not the policy
     start, policy = weights(bases / 'base'), weights(coin / 'policy')
@@ -149,31 +135,38 @@ def test_rounds_accumulate_and_reset_to_the_base(coin, bases, run, tmp_path):
 
 # {script: flags: what its one line says | ...}
 BAD = {
-    'ei': "--k=0: k must be at least 1 | --base=: needs the checkpoint | --reset=never: not 'never' | "
-          '--n_questions=1000: n_questions | --init_from=TMP/nothing: nothing | '
-          '--base=TMP/other: different tokenizers | --reward=orm: with a reward_model | '
-          '--reward=orm --reward_model=x --tau=1: keeps nothing | '
+    'sft': '--task=nowhere: nowhere | --init_from=no/where: no/where | --n_worked=10000: n_worked | '
+           '--init_from=resume: no run to resume | --init_from=scratch --n_embd=17: n_embd | '
+           '--init_from=scratch --block_size=5: fits the context of 5 tokens',
+    'ei': "--base=: needs the checkpoint | --n_questions=1000: n_questions | "
+          '--init_from=TMP/nothing: nothing | --base=TMP/other: different tokenizers | '
+          '--reward=orm: with a reward_model | --reward=orm --reward_model=x --tau=1: keeps nothing | '
+          '--base=BASES/short: exceed the context of 32 | '
           '--reward=orm --tau=0.5 --reward_model=COIN/policy: no reward model of kind orm | '
-          '--base=BASES/short: exceed the context of 32',
+          '--base=BASES/middle --task=TMP/wordy: exceed the context of 100',
     'ppo': '--reward=prm: needs a reward_model | --reward_model=TMP/other: no use for reward_model | '
            '--reward=orm --reward_model=TMP/other: different tokenizers | '
-           '--reward=prm --reward_model=COIN/policy: no reward model of kind prm | '
            '--ref=TMP/other: different tokenizers | --critic_from=TMP/other: different tokenizers | '
            "--ref=BASES/short: 32 tokens, shorter than the policy's 128 | "
            "--critic_from=BASES/short --critic=separate: 32 tokens, shorter than the policy's 128 | "
-           "--reward=nice: not 'nice' (--reward=nice) | --minibatch=48: multiple | "
-           "--refine=clip: for reward = 'prm' | --reward_wrong=-1: to the budget would pay | "
+           "--minibatch=48: multiple | --refine=clip: for reward = 'prm' | "
            '--reward_truncated=0.1: reward_truncated = 0.1 above reward_wrong = 0.0 | '
-           '--advantage=group --n_per_question=1: at least 2 | --max_new_tokens=126: the context of 128 | '
+           '--advantage=group --n_per_question=1: at least 2 | '
            '--importance_cap=0.5: importance_cap is 0 (off) or at least 1',
     'rewards': '--n_questions=1000: n_questions | --samples=none: no file with k = 2 solutions | '
                '--samples=COIN/task/train.jsonl: no file with k = 2 solutions | '
-               '--samples=TMP/note: no file with k = 2 solutions | '
                "--base=BASES/short: 32 tokens, shorter than the policy's 128",
-    'rcrl': '--threshold=0: threshold must be above 0 | --base=: --base=out/demo_base | '
+    'rcrl': '--base=: --base=out/demo_base | --n_questions=10000: n_questions | '
             '--granularity=solution --good_share=0.5 --right_share=0.5: right_share sets the mix | '
-            "--lora_rank=2: take label_tokens = 'text' | --n_questions=10000: n_questions | "
-            '--n_worked=10000 --include_sft=False: n_worked | --base=BASES/short: exceed the context of 32'}
+            "--lora_rank=2: take label_tokens = 'text' | --base=BASES/short: exceed the context of 32"}
+
+def lengthen(coin, folder, which, n):
+    """Writes the coin's train.jsonl into a folder, some questions n words longer."""
+    rows = rows_of(coin / 'task' / 'train.jsonl')
+    for row in rows[which]:
+        row['question'] += ' and so on' * n
+    folder.mkdir()
+    write_rows(str(folder / 'train.jsonl'), rows)
 
 def test_bad_input_is_one_line(coin, bases, run, tmp_path, bpe):
     def refused(name, flags, said):
@@ -181,13 +174,15 @@ def test_bad_input_is_one_line(coin, bases, run, tmp_path, bpe):
         assert said in error and error.strip().count('\n') == 0, (name, flags, error)
     other = Transformer(tiny_config(bpe.vocab_size)).add_value_head()
     other.save_pretrained(str(tmp_path / 'other'), bpe)
-    (tmp_path / 'note').write_text('a text')
+    lengthen(coin, tmp_path / 'wordy', slice(64), 5)  # questions that fit the policy, but not that base
+    lengthen(coin, tmp_path / 'long', slice(-256, None), 30)
     folders = {'TMP': str(tmp_path), 'BASES': str(bases), 'COIN': str(coin)}
-    for name, entries in BAD.items():
+    for name in OWN:
+        entries = BAD[name] + ' | --max_new_tokens=127: tokens = 127 | --task=TMP/long: the context of 128'
         for entry in re.sub('TMP|BASES|COIN', lambda found: folders[found[0]], entries).split(' | '):
             flags, said = entry.split(': ')
             refused(name, flags.split(), said)
-    assert not (tmp_path / 'run').exists() and (tmp_path / 'note').read_text() == 'a text'
+    assert not (tmp_path / 'run').exists()
     # what is found on the way
     flags = [f'--init_from={bases}/base', '--include_sft=False', '--max_new_tokens=3']
     refused('ei', flags, 'none of 48 samples is right')
@@ -204,35 +199,27 @@ def test_a_full_disk_where_the_best_round_is_kept_is_one_line(run, tmp_path, mon
     assert torch.equal(weights(tmp_path / 'ei' / 'best'), weights(tmp_path / 'ei' / 'round1'))
 
 # ---- all scripts: what a single row, a context or a finished run may not break ----
-def rewrite(path, change, source=None):
-    """Writes a .jsonl file, its rows (of another one) changed in place."""
-    rows = rows_of(source or path)
-    change(rows)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-
 def test_rows_longer_than_the_context_are_left_out(coin, run, tmp_path):
-    def too_long(rows):  # a question and a solution, in the validation slice as well
-        rows[0]['question'] += ' and so on' * 200
-        rows[1]['answer'] = 'and so on ' * 200 + '\n' + rows[1]['answer']
-        rows[-4:] = [rows[0], rows[1], *rows[-2:]]
-    rewrite(tmp_path / 'task' / 'train.jsonl', too_long, coin / 'task' / 'train.jsonl')
+    rows = rows_of(coin / 'task' / 'train.jsonl')
+    rows[0]['question'] += ' and so on' * 200
+    rows[1]['answer'] = 'and so on ' * 200 + '\n' + rows[1]['answer']
+    rows[-4:] = [rows[0], rows[1], *rows[-2:]]  # in the validation slice as well
+    (tmp_path / 'task').mkdir()
+    write_rows(f'{tmp_path}/task/train.jsonl', rows)
     task = f'--task={tmp_path}/task'
     for name in OWN:
         said = run(name, task).stdout
         assert 'disk at most about' in said and 'memory of a process' in said
         assert name == 'rewards' or said.count('\nleft out: ') == 1, said
         assert (tmp_path / name / 'best' / 'model.safetensors').exists()
-
-    def longer(rows):  # samples that the policy had room for, and what is fine-tuned has not
+    for samples in ('ei/samples_round1.jsonl', 'rewards/samples_train.jsonl'):
+        rows = rows_of(tmp_path / samples)  # the policy had room for them, and what is fine-tuned has not
         for s in [s for row in rows for s in row['samples'] if s['correct']][:3]:
             s['ids'] *= 20
-    rewrite(tmp_path / 'ei' / 'samples_round1.jsonl', longer)
+        write_rows(f'{tmp_path}/{samples}', rows)
     shutil.rmtree(tmp_path / 'ei' / 'round1')
     assert 'left out: 3 of 48 samples' in run('ei', task, '--init_from=resume').stdout
-    assert (tmp_path / 'ei' / 'round1' / 'model.safetensors').exists()
-    rewrite(tmp_path / 'given', longer, tmp_path / 'rewards' / 'samples_train.jsonl')
-    said = run('rewards', task, f'--samples={tmp_path}/given', out='orm').stdout
+    said = run('rewards', task, f'--samples={tmp_path}/rewards/samples_train.jsonl', out='orm').stdout
     assert 'left out: 3 of 14 solutions' in said
 
 @pytest.mark.parametrize('name, more', [('sft', '--max_steps=3'), ('ppo', '--n_iterations=3'),
@@ -246,31 +233,3 @@ def test_a_finished_run_keeps_what_was_asked_for(run, tmp_path, name, more):
     error = run(name, more, '--init_from=resume', code=2).stderr
     assert 'kept no state to go on from' in error and error.count('\n') == 1
     assert not os.listdir(states) and best.read_bytes() == before
-
-def test_what_cannot_fit_is_refused_before_any_work(coin, bases, run, tmp_path):
-    def refused(name, said, *flags):
-        error = run(name, *flags, out='run', code=2).stderr
-        assert said in error and error.count('\n') == 1 and not (tmp_path / 'run').exists(), error
-
-    def lengthen(which, n):
-        def change(rows):
-            for row in rows[which]:
-                row['question'] += ' and so on' * n
-        rewrite(tmp_path / 'task' / 'train.jsonl', change, coin / 'task' / 'train.jsonl')
-
-    task = f'--task={tmp_path}/task'
-    lengthen(slice(-256, None), 30)
-    for name in OWN:
-        refused(name, 'max_new_tokens = 127', '--max_new_tokens=127')
-        refused(name, 'the context of 128', task)
-    # questions that fit the policy, but not the base, which would draw the second round's samples
-    lengthen(slice(64), 5)
-    refused('ei', 'exceed the context of 100', task, f'--base={bases}/middle')
-
-def test_the_defaults_of_sft_work_from_scratch(coin, tmp_path):
-    """The shape aside, which is small."""
-    flags = (f'--task={coin}/task --out_dir={tmp_path}/run --eval_problems=2 --device=cpu --max_steps=1 '
-             '--n_worked=8 --batch_size=4 --n_layer=1 --n_head=2 --n_kv_head=1 --n_embd=8').split()
-    run_script('sft.py', *flags)
-    error = run_script('sft.py', *flags, '--overwrite', '--block_size=256', code=2).stderr
-    assert 'max_new_tokens = 256 exceed the context of 256' in error and (tmp_path / 'run' / 'last').exists()

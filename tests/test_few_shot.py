@@ -1,16 +1,15 @@
 """Without SFT: a base model of plain text, worked examples in its prompt, and what EI and PPO make of it."""
 import json
 import random
-from types import SimpleNamespace
 
 import pytest
-from conftest import coin_logprobs, coin_problem, run_script, write_task
+from conftest import coin_logprobs, coin_problem, run_script, tiny, write_task
 from test_rewards import log_of, rows_of
 
 import rewards
 from data import NEXT_QUESTION, Problem, completion, load_problems, prompt
 from eval import explore, judge, without_examples
-from sample import Example, Sample, load_tokenizer
+from sample import Example, Sample, Sampler, load_tokenizer
 from sft import join, solution_examples
 
 @pytest.fixture(scope='module')
@@ -56,26 +55,24 @@ def test_a_solution_ends_where_the_next_question_begins(bpe):
 def test_explore_shows_the_examples_and_learns_without_them(bpe, tmp_path):
     problems, prompts = [Problem(f'What {i}?', 'so\n#### 2', '2') for i in range(3)], []
 
-    def generate(given, k, budgets, temperature, stop, seed, first=None, **_):
+    def generate(given, k, budgets, temperature, stop, **_):
         prompts.extend(bpe.decode(p) for p in given)
         assert stop == (NEXT_QUESTION,)
         return [Sample(p, bpe.encode(' so\n#### 2\n\nQuestion:'), [], True) for p in given for _ in range(k)]
-
-    sampler = SimpleNamespace(tokenizer=bpe, max_rows=4, label=[], generate=generate,
-                              model=SimpleNamespace(config=SimpleNamespace(block_size=1000)))
+    sampler = Sampler(tiny(bpe.vocab_size, block_size=1000), bpe)
+    sampler.generate = generate
     found = explore(sampler, problems[1:], str(tmp_path / 'f'), 2, 50, 1.0, 0, '', problems[:1])
     shown = 'Question: What 0?\nAnswer: so\n#### 2\n\n'
     assert prompts == [f'{shown}Question: What {i}?\nAnswer:' for i in (1, 2)]
-    for s in sum(found, []):
-        assert bpe.decode(s.ids) == ' so\n#### 2' and s.ids[-1] == bpe.eos and s.correct
+    assert all(bpe.decode(s.ids) == ' so\n#### 2' and s.correct for s in sum(found, []))
     assert join(['a', 'b', 'c'], 2) == ['a\n\nb', 'c']
 
 def test_expert_iteration_from_a_base_model_learns_what_is_right_and_where_it_ends(base, tmp_path):
     run('ei', base, tmp_path, '--include_sft=False --n_questions=30 --k=8 --n_rounds=2 --lr=3e-3 '
         f'--max_steps=20 --batch_size=16 --min_lr=3e-4 --eval_problems=8 --base={base}/base')
     assert [len(log_of(tmp_path, key)) for key in ('prompted_maj1', 'val_maj1')] == [1, 2]
-    # Asked without examples it now gives the right answer and ends there. Over seeds ln P(right, EOS) rose by
-    # 4.3 to 7.8, and ended 6 to 19 above ln P(wrong, EOS).
+    # Asked without examples it now gives the right answer and ends there. Over seeds ln P(right, EOS) rose
+    # by 4.3 to 7.8, and ended 6 to 19 above ln P(wrong, EOS).
     (before, _), (right, wrong) = (
         coin_logprobs(folder, lambda p, tokenizer: solution_examples([p], tokenizer)[0])
         for folder in (base / 'base', tmp_path / 'round1'))
@@ -91,15 +88,12 @@ def test_ppo_from_a_base_model(base, tmp_path):
     shown = load_problems(f'{base}/task', 'val')[:2]
 
     def few_shot(problem, tokenizer):
-        prompt_ids, ids = tokenizer.encode_pair(prompt(problem.question, shown), completion(problem.solution))
+        question = prompt(problem.question, shown)
+        prompt_ids, ids = tokenizer.encode_pair(question, completion(problem.solution))
         return Example(prompt_ids + ids, len(prompt_ids))
     start, end = (coin_logprobs(folder, few_shot) for folder in (base / 'base', tmp_path / 'last'))
     assert (end[0] - end[1]) - (start[0] - start[1]) > 0.5  # over seeds the log-odds rose by 1.6 to 9
-    # a sample ends where the next question begins, which is no step of it
-    for s in rows_of(tmp_path / 'samples.jsonl'):
-        lines = [line.strip() for line in s['text'].split('\n') if line.strip()]
-        assert NEXT_QUESTION not in s['text']
-        assert not s['correct'] or [line for line, _ in s['steps']] == lines
+    assert all(NEXT_QUESTION not in s['text'] for s in rows_of(tmp_path / 'samples.jsonl'))
     # evaluated as it was trained; and of the validation slice without the examples themselves
     run('eval', base, tmp_path, f'--init_from={tmp_path} --split=val --n_problems=8 --k=2')
     questions = [row['question'] for row in rows_of(tmp_path / 'eval_task.jsonl')]

@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 import random
-import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -62,16 +62,14 @@ def test_gae_is_the_discounted_sum_of_td_errors(gamma, lam):
 @pytest.mark.parametrize('garbage', [1e30, math.nan, math.inf])
 def test_what_stands_in_the_padding_is_never_read(garbage):
     r, v, mask = batch(2)
-    found = [([*ppo.gae(a, b, mask, 0.9, 0.8), ppo.whiten(a, mask), ppo.group_advantages(a[:4], mask[:4], 2)],
-              [ppo.ppo_loss(a / 9, b / 9, a, mask), ppo.value_loss(a, b, b + 1, mask),
-               ppo.explained_variance(a, b, mask)])
-             for a, b in ((r, v), [x.masked_fill(~mask, garbage) for x in (r, v)])]
-    (clean, scalars), (other, other_scalars) = found
-    assert all(map(torch.equal, clean, other)) and not any(x[~mask[:len(x)]].any() for x in other)
-    assert scalars == other_scalars
-    before = [torch.cat([torch.full((5, 3), pad, dtype=x.dtype), x], 1)
-              for x, pad in ((r, garbage), (v, garbage), (mask, False))]
-    assert torch.allclose(ppo.gae(*before, 0.9, 0.8)[0][:, 3:], ppo.gae(r, v, mask, 0.9, 0.8)[0])
+    tables, scalars = [], []
+    for a, b in ((r, v), [x.masked_fill(~mask, garbage) for x in (r, v)]):
+        group = ppo.group_advantages(a[:4], mask[:4], 2)
+        tables.append(torch.cat([*ppo.gae(a, b, mask, 0.9, 0.8), ppo.whiten(a, mask), group]))
+        scalars.append([ppo.ppo_loss(a / 9, b / 9, a, mask), ppo.value_loss(a, b, b + 1, mask),
+                        ppo.explained_variance(a, b, mask)])
+    assert torch.equal(*tables) and scalars[0] == scalars[1]
+    assert not tables[0][~torch.cat([mask, mask, mask, mask[:4]])].any()
 
 def test_whiten():
     x, _, mask = batch(4, rows=40)
@@ -149,8 +147,8 @@ RUN = ('--max_new_tokens=40 --n_rollouts=64 --minibatch=32 --epochs=1 --n_iterat
        '--device=cpu --temperature=1 --eval_problems=16 --eval_interval=2 --micro_tokens=2048').split()
 
 def run_ppo(coin, out, *flags, code=0):
-    return run_script('ppo.py', f'--task={coin}/task', f'--init_from={coin}/policy', f'--out_dir={out}', *RUN,
-                      *flags, code=code)
+    places = f'--task={coin}/task', f'--init_from={coin}/policy', f'--out_dir={out}'
+    return run_script('ppo.py', *places, *RUN, *flags, code=code)
 
 def iterations(folder):
     return log_of(folder, 'share_correct')
@@ -167,20 +165,19 @@ def test_the_coin_is_loaded_and_the_log_says_how(coin, tmp_path):
     assert len(rows) == 4 and 0.25 < rows[0]['share_correct'] < 0.75  # of 64 samples: 4 standard errors
     assert rows[0]['kl'] == pytest.approx(0, abs=1e-5) and rows[-1]['kl_k3'] > 0
     assert rows[0]['mean_value'] == 0 != rows[-1]['mean_value']  # the value head starts at zero
-    assert all(math.isfinite(row[key]) for row in rows for key in row if key != 'explained_variance')
     for row in rows:
+        assert all(math.isfinite(x) for key, x in row.items() if key != 'explained_variance')
         mine = [s for s in samples if s['iteration'] == row['iteration']]
-        right = [sum(s['correct'] for s in mine if s['question'] == q) for q in {s['question'] for s in mine}]
+        questions = {s['question'] for s in mine}
+        right = [sum(s['correct'] for s in mine if s['question'] == q) for q in questions]
         assert (row['all_right'], row['all_wrong']) == (right.count(4) / 16, right.count(0) / 16)
         assert row['reward_outcome'] == row['share_correct'] == sum(right) / 64
         assert row['mean_return'] == pytest.approx(row['reward_outcome'] + row['reward_kl'], abs=1e-5)
         assert row['advantage_std'] > 0 and 0.5 < row['mean_ratio'] <= min(2, row['largest_ratio'])
-    questions = [s['question'] for s in samples]  # 16 an iteration: all 64 once before any again
-    assert len(set(questions)) == 64 and all(questions.count(q) == 4 for q in questions)
     for s in samples:
         assert s['correct'] == (s['finished'] and data.is_correct(s['text'], s['answer']))
         assert [r for _, r in s['steps']] == [0.0] * (len(s['steps']) - 1) + [float(s['correct'])]
-    assert printed.count('  Q: What is number') == 4 and '+1.000  #### 2' in printed and 'val_maj1' in printed
+    assert printed.count('  Q: What is number') == 4 and '+1.000  #### 2' in printed
 
 @pytest.mark.parametrize('flags, least, most', [  # by how much the log-odds rise
     ('--reward_right=-1', -2, -0.4), ('--advantage=group', 0.4, 2),  # 0.7 to 1.4 over seeds, as those below
@@ -210,62 +207,55 @@ def test_every_way_of_learning_loads_the_coin(coin, tmp_path, flags, least, most
         assert rows[0]['backtracked'] > 0 and rows[-1]['backtracked'] == 0
 
 def test_a_setting_that_was_changed_counts_and_not_the_state(coin, tmp_path, monkeypatch):
-    kept, changed = tmp_path / 'kept', tmp_path / 'changed'
-    flags = ['--kl_target=1', '--kl_horizon=100', '--save_interval=1']
-    run_ppo(coin, kept, *flags, '--n_iterations=1')
-    shutil.copytree(kept, changed)
-    flags += ['--n_iterations=2', '--init_from=resume']
-    run_ppo(coin, kept, *flags)
-    assert 'kl_coef 0.05 -> 0.5' in run_ppo(coin, changed, *flags, '--kl_coef=0.5').stdout
-    assert iterations(kept)[-1]['kl_coef'] == ppo.adapted(0.05, 0.0, 1.0, 64, 100)  # as it had adapted
-    assert iterations(changed)[-1]['kl_coef'] == 0.5
-    # eta: what a quantile found is in the state; a given one that has changed is not taken from there
-    run(coin, f'rewards.py {POLICY} --kind=prm --n_questions=8 --k=4 --rollouts=1 --heldout=4 --batch_size=8 '
-        '--epochs=1', tmp_path / 'prm')
+    flags = ['--kl_target=1', '--kl_horizon=100', '--save_interval=1', '--n_iterations=1']
+    run_ppo(coin, tmp_path / 'kl', *flags)
+    flags[-1:] = ['--n_iterations=2', '--init_from=resume']
+    run_ppo(coin, tmp_path / 'kl', *flags)
+    adapted = iterations(tmp_path / 'kl')[-1]['kl_coef']
+    said = run_ppo(coin, tmp_path / 'kl', *flags, '--n_iterations=3', '--kl_coef=0.5').stdout
+    assert 'kl_coef 0.05 -> 0.5' in said and iterations(tmp_path / 'kl')[-1]['kl_coef'] == 0.5
+    assert adapted == ppo.adapted(0.05, 0.0, 1.0, 64, 100)
+    # so for eta: what a quantile found is in the state
+    run(coin, f'rewards.py {POLICY} --kind=prm --n_questions=8 --k=4 --rollouts=1 --heldout=4 '
+        '--batch_size=8 --epochs=1', tmp_path / 'prm')
     flags = f'--reward=prm --reward_model={tmp_path}/prm --refine=clip --save_interval=1 --alpha=0.5'.split()
-    etas, paid, found, prm_rewards, quantile = [], [], [], rewards.prm_rewards, '--eta_quantile=0.5'
-
-    def noting(solutions, scores, refine, eta):
-        etas.append(eta)
-        paid[:] = prm_rewards(solutions, scores, refine, eta)
-        return torch.stack(paid)
-    monkeypatch.setattr(rewards, 'prm_rewards', noting)
-    for n, changes in enumerate((
-            [quantile], [quantile, '--eta=0.9'], ['--eta=0.25'], ['--eta=0.75'], ['--eta_quantile=1.0'])):
-        changes += [f'--n_iterations={n + 1}'] + ['--init_from=resume'] * (n > 0)
-        found.append('eta = ' in run_ppo(coin, tmp_path / 'eta', *flags, *changes).stdout)
-    assert found == [True, False, False, False, True]
-    assert etas[0] == etas[1] and etas[2:4] == [0.25, 0.75] and etas[4] > etas[0]
-    row, parts = iterations(tmp_path / 'eta')[-1], ('reward_outcome', 'reward_prm', 'reward_kl')
-    assert row['mean_return'] == pytest.approx(sum(row[part] for part in parts), abs=1e-5)
-    assert row['reward_prm'] == pytest.approx(sum(map(torch.sum, paid)).item() / 2 / 64, rel=1e-3)
+    paying = Mock(side_effect=rewards.prm_rewards)
+    monkeypatch.setattr(rewards, 'prm_rewards', paying)
+    for n, changes in enumerate(('--eta_quantile=0.5', '--eta_quantile=0.5 --eta=0.9', '--eta=0.95')):
+        changes = [*changes.split(), f'--n_iterations={n + 1}'] + ['--init_from=resume'] * (n > 0)
+        run_ppo(coin, tmp_path / 'eta', *flags, *changes)
+    found, again, changed = [call.args[-1] for call in paying.call_args_list]
+    assert found == again and changed == 0.95
+    row, paid = iterations(tmp_path / 'eta')[-1], sum(rewards.prm_rewards(*paying.call_args.args))
+    assert row['reward_prm'] == pytest.approx(0.5 * paid.sum().item() / 64, rel=1e-3)
 
 @pytest.mark.parametrize('bonus', [0.0, 0.1])
 def test_rows_without_an_advantage_are_left_out_where_nothing_else_needs_them(coin, tmp_path, bonus):
     """Every sample earns the same: only a bonus on entropy still moves the policy."""
-    run_ppo(coin, tmp_path, '--advantage=group', '--kl_coef=0', '--n_iterations=2', f'--entropy_coef={bonus}',
-            '--reward_right=0.35', '--reward_wrong=0.35', '--reward_truncated=0.35')
+    equal = [f'--reward_{outcome}=0.35' for outcome in ('right', 'wrong', 'truncated')]
+    run_ppo(coin, tmp_path, '--advantage=group', '--kl_coef=0', '--n_iterations=2',
+            f'--entropy_coef={bonus}', *equal)
     assert torch.equal(weights(coin / 'policy'), weights(tmp_path / 'last')) == (bonus == 0)
     found = [(row['learning_rows'], row['updates']) for row in iterations(tmp_path)]
     assert found == [(1, 2) if bonus else (0, 0)] * 2
 
 def test_the_samplers_gap_is_watched_in_every_iteration(coin, tmp_path, monkeypatch):
-    """The policy that draws one iteration's samples is another one than the policy that learns."""
+    """The policy that draws the last iteration's samples is another one than the policy that learns."""
     right, losses = Transformer.for_sampling, []
 
     def wrong_later(self, dtype):
         policy = copy.deepcopy(right(self, dtype))
         with torch.no_grad():  # the first call is for validation
-            policy.norm.weight.mul_(1.2 if next(calls) == wrong else 1)
+            policy.norm.weight.mul_(1.2 if next(calls) == 2 else 1)
         return policy
     monkeypatch.setattr(Transformer, 'for_sampling', wrong_later)
-    for cap, wrong in ((0, 2), (2, 2), (2, 1)):
-        calls, out = itertools.count(), tmp_path / f'{cap} {wrong}'
+    for cap in (0, 2):
+        calls, out = itertools.count(), tmp_path / str(cap)
         printed = run_ppo(coin, out, '--n_iterations=2', f'--importance_cap={cap}').stdout
         assert printed.count('warning: the log-probs of sampler and trainer differ by') == 1
-        assert [row['sampler_gap'] > 1e-3 for row in iterations(out)] == [wrong == 1, wrong == 2]
+        assert [row['sampler_gap'] > 1e-3 for row in iterations(out)] == [False, True]
         losses.append([row['policy_loss'] for row in iterations(out)])
-    plain, capped, _ = losses
+    plain, capped = losses
     assert plain[0] == pytest.approx(capped[0], rel=1e-4) and plain[1] != pytest.approx(capped[1], rel=1e-2)
 
 def test_a_killed_run_goes_on_to_the_same_weights(coin, tmp_path, monkeypatch):
@@ -292,10 +282,11 @@ def test_nothing_is_compiled_twice(coin, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))  # no C++
     with dynamo.config.patch(error_on_recompile=True):
         run_ppo(coin, tmp_path, '--compile=on')
-    assert dynamo.utils.counters['stats']['unique_graphs'] > 0 and len(iterations(tmp_path)) == 4
+    assert dynamo.utils.counters['stats']['unique_graphs'] > 0
 
 @pytest.mark.cuda
-@pytest.mark.parametrize('flags', ['', '--critic=separate --critic_lr=3e-3', '--compile=off --dtype=float32'])
+@pytest.mark.parametrize('flags', [
+    '', '--critic=separate --critic_lr=3e-3', '--compile=off --dtype=float32'])
 def test_the_coin_is_loaded_on_a_gpu(coin, tmp_path, flags):
     """In bf16 too, where the start-up checks compare the sampler's bf16 copy with the trainer's autocast."""
     run_ppo(coin, tmp_path, '--device=cuda', *flags.split())

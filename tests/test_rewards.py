@@ -3,7 +3,6 @@ import json
 import math
 import os
 import random
-import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -107,17 +106,17 @@ def test_running_to_the_budget_never_pays(bpe):
                 less |= {kind} if found[0].sum() < found[1].sum() - 0.1 else set()
     assert less == set(PAID)  # and it is not that nothing is ever paid
 
-def test_needless_steps_raise_the_raw_sum_and_no_other_return(bpe):
+@pytest.mark.parametrize('needless, n_steps', [('a <<1+2=3>>\n', 1), ('\n \n', 0), ('so\n', 1)])
+@pytest.mark.parametrize('kind', PAID)
+def test_needless_steps_raise_the_raw_sum_and_no_other_return(bpe, kind, needless, n_steps):
     counts = torch.tensor([0, 1, 5, 20])
-    for needless, n_steps in (('a <<1+2=3>>\n', 1), ('\n \n', 0), ('so\n', 1)):  # blank lines are no steps
-        some = [solution(bpe, f' a <<1+2=3>>\n{needless * n}b <<3*4=12>>\n#### 10') for n in counts]
-        scores = [torch.full((len(s.ids),), 0.9) for s in some]  # from a model that likes every step
-        for kind, paid in PAID.items():
-            for eta in (0.5, 0.95):
-                total = paid(some, scores, eta).sum(1)
-                more = 0.9 * counts * n_steps if kind == 'none' else 0
-                assert (total <= total[0] + more + 1e-5).all(), kind
-                assert kind != 'none' or torch.allclose(total, 2.7 + more)
+    some = [solution(bpe, f' a <<1+2=3>>\n{needless * n}b <<3*4=12>>\n#### 10') for n in counts]
+    scores = [torch.full((len(s.ids),), 0.9) for s in some]  # from a model that likes every step
+    for eta in (0.5, 0.95):
+        total = PAID[kind](some, scores, eta).sum(1)
+        more = 0.9 * counts * n_steps if kind == 'none' else 0
+        assert (total <= total[0] + more + 1e-5).all()
+        assert kind != 'none' or torch.allclose(total, 2.7 + more)
 
 def test_clips_threshold_leaves_the_last_steps_out(bpe):
     some = [solution(bpe, text, finished='#' in text) for text in (' #### 10', ' a\nb\n#### 10', ' a\nb')]
@@ -132,19 +131,16 @@ def test_clips_threshold_leaves_the_last_steps_out(bpe):
 
 # ---- labels and reward models ----
 def test_scores_and_loss_are_of_the_heads_probability_after_each_token(model, bpe):
-    scorer = Transformer(model.config)
-    scorer.load_state_dict(model.state_dict())
-    loud(scorer.add_value_head(), 3)
+    scorer = loud(Transformer(model.config).add_value_head(), 3)
     texts = ((' a <<1+2=3>>\n#### 3', 5), (' #### 17', 2))
     rows = [Example([3] * n + bpe.encode(text) + [bpe.eos], n) for text, n in texts]
-    long, empty = Example([3] * 97, 94), Example([3] * 200, 200)  # for a context of 96
+    long, *empty = Example([3] * 97, 94), Example([3] * 200, 200), Example([3] * 5, 5)  # for a context of 96
     for max_tokens in (10, 1000):  # in whatever batches, a row's scores are its own
-        *found, of_long, of_empty = score(scorer, [*rows, long, empty], max_tokens)
-        assert of_long.tolist() == [0] * 3 and of_empty.tolist() == []
+        *found, of_long, a, b = score(scorer, [*rows, long, *empty], max_tokens)
+        assert of_long.tolist() == [0] * 3 and not len(a) and not len(b)
         for e, p in zip(rows, found):
             hidden = scorer.trunk(torch.tensor([e.ids]))[0, e.n_prompt:]
             torch.testing.assert_close(p, scorer.value_head(hidden).sigmoid(), atol=1e-5, rtol=0)
-    assert [len(p) for p in score(scorer, [long, empty, Example([3] * 5, 5)], 1000)] == [3, 0, 0]
     labels = [[(0.0, 1.0, 0.3, math.nan)[i % 4] for i in range(len(p))] for p in found]
     loss = -sum(y * math.log(x) + (1 - y) * math.log(1 - x)
                 for p, row in zip(found, labels) for x, y in zip(p.tolist(), row) if y == y)
@@ -190,8 +186,8 @@ class Known:
 
 def test_step_labels_against_a_policy_of_known_success(bpe):
     sampler, texts = Known(bpe), (' 1\n2\n#### 10', ' 1\n0\n#### 9', ' #### 10', ' 1\n2\n#### 9')
-    groups = [[], [solution(bpe, text) for text in texts[:3]], [solution(bpe, texts[3])]]
-    labels = rewards.step_success(sampler, groups, 8, 20, 1.0, 0)
+    *some, other = [solution(bpe, text) for text in texts]
+    labels = rewards.step_success(sampler, [[], some, [other]], 8, 20, 1.0, 0)
     assert labels == [[], [[0.25, 0.5, 1.0], [0.25, 0.0, 0.0], [1.0]], [[0.25, 0.5, 0.0]]]
     assert sampler.asked == {' 1\n': 8, ' 1\n2\n': 8, ' 1\n0\n': 8}  # each start once
 
@@ -209,7 +205,7 @@ def test_auroc_against_all_pairs_and_calibration():
 POLICY = '--init_from={coin}/policy '
 MODELS = (f'rewards.py {POLICY} --k=6 --n_questions=40 --heldout=16 --batch_size=16 --lr=3e-3 --rollouts=4 '
           '--epochs=9 ')
-PPO = f'ppo.py {POLICY} --lr=1e-3 --epochs=1 --temperature=1.0 --advantage=group --eval_problems=16 --show=0 '
+PPO = f'ppo.py {POLICY} --lr=1e-3 --epochs=1 --temperature=1 --advantage=group --eval_problems=16 --show=0 '
 BRIEF = PPO + '--n_rollouts=8 --minibatch=8 --n_iterations=1 '
 
 def run(coin, command, out, match='', task='{coin}/task', **names):
@@ -236,17 +232,9 @@ def scorers(coin, tmp_path_factory):
     for kind in ('orm', 'prm'):
         run(coin, MODELS + f'--kind={kind}', folder / kind)
         row, = log_of(folder / kind, 'heldout')
-        assert row['heldout_auroc'] > 0.8 and row['heldout_accuracy'] > 0.6 and row['calibration_error'] < 0.3
+        assert row['heldout_auroc'] > 0.8 and row['heldout_accuracy'] > 0.6
+        assert row['calibration_error'] < 0.3
     return folder
-
-def test_labelling_goes_on_where_it_stopped(coin, scorers, tmp_path):
-    whole, files = scorers / 'prm', ('samples_train.jsonl', 'labels_train.jsonl')
-    shutil.copytree(whole, tmp_path / 'prm', ignore=shutil.ignore_patterns('best'))
-    for name in files:
-        os.truncate(tmp_path / 'prm' / name, os.path.getsize(whole / name) // 2)
-    run(coin, MODELS + '--kind=prm --init_from=resume', tmp_path / 'prm')
-    for name in (*files, 'best/model.safetensors', 'best/value_head.safetensors'):
-        assert (whole / name).read_bytes() == (tmp_path / 'prm' / name).read_bytes(), name
 
 @pytest.mark.slow
 @pytest.mark.parametrize('reward, gain, flags', [  # raw sums can grow by more steps, not better ones
@@ -272,23 +260,21 @@ def test_rerank_and_the_orm_as_a_filter(coin, scorers, tmp_path):
     found = json.loads((tmp_path / 'eval_task.json').read_text())['metrics']
     passed, reranked, weighted, voted = (found[f'{m}@6'][0] for m in ('pass', 'rerank', 'weighted', 'maj'))
     assert passed >= reranked >= passed - 0.13 and reranked > voted and weighted >= voted
-    ei = (f'ei.py {POLICY} --base={coin}/policy --n_rounds=1 --k=4 --n_questions=20 --max_steps=1 --lr=1e-9 '
-          f'--include_sft=False --eval_problems=8 --reward=orm --tau=0.5 --reward_model={scorers}/')
-    run(coin, ei + 'orm', tmp_path / 'ei')
+    run(coin, f'ei.py {POLICY} --base={coin}/policy --n_rounds=1 --k=4 --n_questions=20 --max_steps=1 '
+        f'--lr=1e-9 --include_sft=False --eval_problems=8 --reward=orm --tau=0.5 '
+        f'--reward_model={scorers}/orm', tmp_path / 'ei')
     row = log_of(tmp_path / 'ei', 'new_right')[0]
     assert row['new_right'] > row['share_correct'] + 0.2 and row['new_solutions'] >= 10
-    run(coin, ei + 'prm', tmp_path / 'no', 'no reward model of kind orm')
 
-def test_ppo_uses_scores_and_too_long_questions_are_scored_like_wrong_answers(coin, scorers, tmp_path):
-    """With a scorer, and where eta is looked for: they end no run."""
+def test_eval_and_ppo_use_scores_and_too_long_questions_end_no_run(coin, scorers, tmp_path):
+    """With a scorer, and where eta is looked for."""
     rows = (coin / 'task' / 'train.jsonl').read_text().splitlines(keepends=True)
     long = [row.replace('What', 'What is ' * 90) for row in rows[:2]]
     (tmp_path / 'test.jsonl').write_text(''.join(rows[:4] + long))
     (tmp_path / 'train.jsonl').write_text(''.join(rows[:8] + long + rows[8:262]))  # in the validation slice
     run(coin, f'eval.py {POLICY} --k=2 --scorer={scorers}/orm', tmp_path / 'eval', task=tmp_path)
     records = rows_of(next((tmp_path / 'eval').glob('eval_*.jsonl')))
-    found = [(s['score'] > 0, s['correct']) for row in records[4:] for s in row['samples']]
-    assert len(records) == 6 and set(found) == {(False, False)}
+    assert not any(s['score'] > 0 or s['correct'] for row in records[4:] for s in row['samples'])
     flags = f'--refine=clip_delta --eta_quantile=0.5 --reward=orm_dense --reward_model={scorers}/orm'
     said = run(coin, BRIEF + flags, tmp_path / 'ppo', task=tmp_path)
     assert 'eta = ' in said and 'the 0.5 quantile of step scores' in said

@@ -1,4 +1,4 @@
-"""SFT: which tokens are learned, that batching does not matter, and that a run can be stopped and resumed."""
+"""SFT: which tokens are learned, that batching does not matter, and what a run keeps."""
 import math
 
 import pytest
@@ -13,7 +13,7 @@ import sft
 from config import UserError
 from data import Problem
 from model import Transformer, learning_rate
-from sample import Sampler, n_learned, token_logprobs
+from sample import n_learned
 from sft import cross_entropy, finetune, load_texts, mean_loss, solution_examples, text_examples
 
 def problem(a, b):
@@ -93,16 +93,6 @@ def test_every_epoch_sees_every_example_once(bpe, examples):
         assert n * batch_size == len(seen) == 24 and all(seen.count(e.ids) == 3 for e in examples)
     assert seen[:8] != seen[8:16] != seen[16:]  # each epoch in an order of its own
 
-def test_overfits_eight_solutions_and_says_them_greedily(bpe, examples):
-    torch.manual_seed(0)
-    model = Transformer(tiny_config(bpe.vocab_size, n_embd=64, head_dim=16, n_inner=128)).init_weights()
-    finetune(model, examples, max_steps=150, batch_size=8, lr=5e-3, min_lr=1e-4, seed=0)
-    found = Sampler(model, bpe).generate([e.ids[:e.n_prompt] for e in examples], 1, 40, temperature=0)
-    for e, s in zip(examples, found):  # above a half greedy decoding has no choice; 0.99 and more was seen
-        logits = model(torch.tensor([e.ids]))[0, e.n_prompt - 1:-1]
-        assert token_logprobs(logits, torch.tensor(e.ids[e.n_prompt:])).exp().min() > 0.6
-        assert s.ids == e.ids[e.n_prompt:] and s.finished
-
 def test_learning_rate():
     rates = [learning_rate(step, 100, 1.0, 0.1, 0.1) for step in range(100)]
     assert [rates[i] for i in (0, 9, 10, 99)] == pytest.approx([0.1, 1.0, 1.0, 0.1]) and max(rates) == 1.0
@@ -112,11 +102,12 @@ def test_learning_rate():
 def test_bad_input(bpe, tmp_path):
     with pytest.raises(UserError, match='nothing to fine-tune on'):
         finetune(new_model(bpe), [])
-    (tmp_path / 'a').write_text('{"text": "a"}\n{"txt": "b"}\n')
-    (tmp_path / 'b').write_text('{"text": 3}\n')
-    for name, match in (('c', 'no such file'), ('a', 'a:2: not a'), ('b', 'b:1: not')):
+    for text, match in ((None, 'no such file'), ('{"text": "a"}\n{"txt": "b"}\n', 'a:2: not a'),
+                        ('{"text": 3}\n', 'a:1: not')):
+        if text:
+            (tmp_path / 'a').write_text(text)
         with pytest.raises(UserError, match=match):
-            load_texts(str(tmp_path / name))
+            load_texts(str(tmp_path / 'a'))
 
 # ---- the script ----
 TINY = ('--n_layer=1 --n_head=2 --n_kv_head=1 --n_embd=16 --n_merges=60 --batch_size=8 --max_steps=6 '
@@ -130,21 +121,7 @@ def train(script, tmp_path):
     return lambda name, *flags, code=0: script('sft.py', f'--task={tmp_path}/task', *TINY,
                                                f'--out_dir={tmp_path}/{name}', *flags, code=code)
 
-def test_a_run_refused_and_replaced(train, tmp_path):
-    train('whole')
-    before = weights(tmp_path / 'whole' / 'last')  # it stays where settings are wrong
-    for flags, match in (
-            ('--seed=1', '--overwrite'), ('--overwrite --task=nowhere', 'nowhere'), ('--n_embd=17', 'n_embd'),
-            ('--overwrite --init_from=no/where', 'no/where'), ('--overwrite --n_worked=100000', 'n_worked'),
-            ('--learning_rate=1', 'learning_rate'), ('--out_dir=new --init_from=resume', 'new'),
-            ('--overwrite --block_size=5', 'fits the context of 5 tokens')):
-        said = train('whole', *flags.split(), code=2).stderr
-        assert match in said and said.count('\n') == 1, said
-    assert torch.equal(weights(tmp_path / 'whole' / 'last'), before)
-    train('whole', '--overwrite', '--seed=1')
-    assert not torch.equal(weights(tmp_path / 'whole' / 'last'), before)
-
-def test_checkpoints_that_stay(train, script, tmp_path):
+def test_checkpoints_that_stay(train, tmp_path):
     flags = '--family=gpt2 --n_worked=40 --max_steps=0 --epochs=1.5 --keep_epochs=0.5'.split()
     run, said = tmp_path / 'run', train('run', *flags).stdout
     assert Transformer.from_pretrained(str(run)).config.family == 'gpt2' and '40 examples' in said
@@ -152,13 +129,10 @@ def test_checkpoints_that_stay(train, script, tmp_path):
     assert kept == ['epoch_000.40', 'epoch_000.80', 'epoch_001.20', 'epoch_001.60']
     found = [(run / name / 'model.safetensors').read_bytes() for name in kept + ['last', 'best']]
     assert len(set(found)) == 4 and found[3] == found[4] == found[5]  # all have maj@1 = 0
-    flags = '--k=2 --max_new_tokens=8 --n_problems=2 --device=cpu'.split()
-    script('eval.py', f'--init_from={run / kept[0]}', f'--task={tmp_path}/task', *flags)
-    assert kept[0] in script('eval.py', '--compare', f'{run / kept[0]}').stdout
 
 def test_texts_then_solutions_of_which_some_do_not_fit_the_context(train, tmp_path):
     """A context that is no multiple of 8, which some of the rows just fit."""
-    held_out = '{"text": "? * ?"}\n' * 4  # which training makes less likely: the first checkpoint is the best
+    held_out = '{"text": "? * ?"}\n' * 4  # training makes them less likely: the first one is the best
     texts = '{"text": "3+14=17"}\n{"text": "Tom has 3 apples."}\n' * 20 + held_out
     (tmp_path / 'texts').write_text(texts)
     base, rows = tmp_path / 'base', tmp_path / 'task' / 'train.jsonl'
