@@ -4,7 +4,7 @@ i the policy draws K solutions of every training question. Those with the right 
 sequence of equations, and join what earlier rounds found: D_i = R_i + D_{i-1}, with the human solutions as
 D_0. The pretrained base is fine-tuned on D_i from the start again, and draws the next round's solutions.
 There is no gradient of a reward: it is a filter, and learning is SFT on what passes. With reward = 'orm' the
-filter is an outcome reward model's score, and answers are not looked at.
+filter is an outcome reward model's score, and answers are not looked at; 'random' is the filter's control.
 
 From a pretrained model without SFT, few_shot = 2 shows it worked examples in the first round. Later the
 policy reads only the question. Not in the paper: solutions are the same if their annotated equations are; the
@@ -19,12 +19,13 @@ import os
 import shutil
 from collections import Counter
 from itertools import chain, islice
+from random import Random
 
 from config import UserError, override
 from config.run import first_line, from_main, origin, rank, replace_folder, setup, start_run, wait_for_main
 from data import equations, first_rows, load_problems, validation_rows
-from eval import (encode_prompts, explore, final_scores, greedy_accuracy, load_reward_model, unique_equations,
-                  warn_truncated)
+from eval import (diagnose, encode_prompts, explore, final_scores, greedy_accuracy, load_reward_model,
+                  print_diagnosis, unique_equations)
 from model import Transformer
 from sample import Sampler, check_room, disk_needed, load_tokenizer, memory_needed, n_learned
 from sft import base_config, finetune, fitting, load_learner, solution_examples, training
@@ -45,7 +46,7 @@ n_rounds = 2              # paper: 2 after SFT (as recalled), 4 to 5 without (at
 k = 96                    # samples a question and round; paper: 96; 4 works too (as recalled) (at least 1)
 temperature = 1.0         # paper: 1.0 (as recalled) (above 0)
 max_new_tokens = 256      # budget of a sample, which has to finish (at least 1)
-reward = 'sparse'         # 'sparse' | 'orm'; a return is 1 for the right answer, or a model's score
+reward = 'sparse'         # 'sparse' | 'orm' | 'random'; by the answer, a model's score, or (control) neither
 reward_model = ''         # an outcome reward model: python rewards.py config/demo_orm.py
 tau = 1.0                 # the least return that is kept; with 'orm' below 1, e.g. 0.8 (above 0)
 max_per_question = 0      # kept over all rounds; 0: no cap (at least 0)
@@ -71,6 +72,7 @@ eval_problems = 256       # of the validation slice, for maj@1 after each round 
 out_dir = 'out/ei'
 overwrite = False         # replace the run in out_dir
 seed = 0
+tracker = 'none'          # 'none' | 'tensorboard' | 'trackio' | 'wandb'; where the log also goes
 device = 'auto'           # 'auto' | 'cpu' | 'cuda' | 'mps'
 dtype = 'auto'            # 'auto' | 'float32' | 'bfloat16'; of products; what learns is fp32
 compile = 'auto'          # 'auto' | 'on' | 'off'; 'auto': on CUDA
@@ -81,9 +83,9 @@ def solution_key(text):
     return equations(text) or (text.strip(),)
 
 def returns_of(solutions, scorer, max_tokens, dtype):
-    """What each solution is filtered by: whether its answer is right, or the reward model's score."""
+    """What each solution is filtered by: whether it is right, or finished, or the reward model's score."""
     if scorer is None:
-        return [float(s.correct) for s in solutions]
+        return [float(s.finished if reward == 'random' else s.correct) for s in solutions]
     return final_scores(scorer, solutions, max_tokens, dtype)
 
 def select(solutions, seen, n_kept, cap):
@@ -97,7 +99,13 @@ def select(solutions, seen, n_kept, cap):
             kept.append(solution)
     return kept
 
-def filtered(found, scorer, seen, n_kept, context):
+def at_random(finished, seen, rng):
+    """The control of the filter: of one question's finished solutions, right or wrong, that are new by their
+    equations, as many as are right and new. seen: the question's keys so far. rng: a random.Random."""
+    n = len(select([s for s in finished if s.correct], set(seen), 0, 0))
+    return rng.sample(select(finished, set(seen), 0, 0), n)
+
+def filtered(found, scorer, seen, n_kept, context, round_seed):
     """Filters and de-duplicates a round's solutions (found: a list a question) -> (those that join, the
     round's counts). seen, n_kept: as in select, for each question; updated in place."""
     joined, counts, question = [], Counter(), 0
@@ -106,7 +114,9 @@ def filtered(found, scorer, seen, n_kept, context):
         for group in groups:
             passed = [s for s, value in zip(group, returns) if value >= tau]
             fits = [s for s in passed if len(s.example.ids) <= context + 1]
-            kept = select(fits, seen[question], n_kept[question], max_per_question)
+            rng = Random(f'{round_seed} {question}')
+            chosen = at_random(fits, seen[question], rng) if reward == 'random' else fits
+            kept = select(chosen, seen[question], n_kept[question], max_per_question)
             joined += kept
             n_kept[question] += len(kept)
             question += 1
@@ -133,7 +143,7 @@ def check_settings():
     if reset == 'base' and not base:
         raise UserError("reset = 'base' needs the checkpoint to start from: --base=..., or --reset=previous")
     if (reward == 'orm') != bool(reward_model):
-        raise UserError("reward is 'sparse', or 'orm' with a reward_model")
+        raise UserError("reward is 'sparse' or 'random', or 'orm' with a reward_model")
     if reward == 'orm' and tau >= 1:
         raise UserError(f"{tau = } with reward = 'orm' keeps nothing: a score is below 1")
 
@@ -190,19 +200,20 @@ if __name__ == '__main__':
         sampler, round_seed = Sampler(policy, tok, max_rows, dtype), seed * 1000 + round_number
         found = explore(sampler, questions, f'{out_dir}/samples_round{round_number}.jsonl', k, max_new_tokens,
                         temperature, round_seed, f'{name}: explore', shown if round_number == 1 else ())
+        first = list(islice(found, 256))
+        print_diagnosis(diagnose(list(chain(*first)), k, max_new_tokens, 'train questions'),
+                        round_number == 1)
         # 2. filter by the return, 3. de-duplicate and 4. accumulate: D_i = R_i + D_{i-1}
-        joined, counts = filtered(found, scorer, seen, n_kept, learner.block_size)
+        joined, counts = filtered(chain(first, found), scorer, seen, n_kept, learner.block_size, round_seed)
         dataset += [s.example for s in joined]
         n_samples, share_truncated = counts['samples'], counts['truncated'] / counts['samples']
-        warn_truncated(share_truncated, max_new_tokens)
         if counts['too_long']:
             print(f'left out: {counts["too_long"]:,} of {n_samples:,} samples, longer than the context')
         if not joined:
             print(f'{name}: no new solution has a return of {tau} or more')
         if not dataset:
-            passed = 'is right' if reward == 'sparse' else f'scores {tau}'
-            raise UserError(f'{name}: none of {n_samples:,} samples {passed}: nothing to learn from '
-                            f'({100 * share_truncated:.0f}% did not finish within {max_new_tokens = })')
+            passed = f'scores {tau}' if reward == 'orm' else 'is right'
+            raise UserError(f'{name}: none of {n_samples:,} samples {passed}: nothing to learn from')
         log(updates, round=round_number, samples_drawn=round_number * n_round,
             share_correct=counts['correct'] / n_samples, share_truncated=share_truncated,
             unique_equations=counts['equations'] / len(questions), solved=counts['solved'] / len(questions),

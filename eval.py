@@ -8,15 +8,17 @@ weighted@K  a vote in which a sample counts by its score is right     (with --sc
 pass@K      any of K samples is right
 
 Beside them: unique equation sequences a problem, the share of problems that no sample solves, and with
---compare how much of a run's samples another run had found. A solution that did not finish within its budget
-is wrong, here and in training. A stopped evaluation goes on where it was.
+--compare --all how much of a run's samples another run had found. A solution that did not finish within its
+budget is wrong, here and in training. A stopped evaluation goes on where it was.
 
 $ python eval.py --init_from=out/demo_ei --task=arithmetic --k=16
 $ python eval.py --init_from=out/gsm8k_ei --task=gsm8k            # maj@96 and pass@96, on one GPU
 $ torchrun --nproc_per_node=8 eval.py --init_from=out/gsm8k_ei --task=gsm8k   # eight share the problems
 $ python eval.py --init_from=out/demo_ei --scorer=out/demo_orm    # and rerank@K, by a reward model
 $ python eval.py --init_from=out/demo_rcrl --condition=bad        # a return-conditioned policy, told [BAD]
-$ python eval.py --compare out/demo_sft out/demo_ei               # one table, and where the two differ
+$ python eval.py --compare out/demo_sft out/demo_ei               # a table of paired differences
+$ python eval.py --compare --seeds=0,1,2 out/demo_sft out/demo_ei # also of out/demo_sft_s1 and so on
+$ python eval.py --doctor --init_from=out/demo_sft --k=16         # before RL: what may keep it from learning?
 """
 import glob
 import json
@@ -32,11 +34,11 @@ import torch
 from config import UserError, override
 from config.run import (asked_to_stop, bar, from_all, from_main, iterate_rows, leave, listen_for_stop, rank,
                         read_json, read_rows, setup, world_size, write_json, write_rows)
-from data import (NEXT_QUESTION, Problem, answered, completion, equations, extract_answer, load_problems,
-                  prompt, same_answer)
+from data import (GOES_ON, NEXT_QUESTION, Problem, answered, completion, equations, extract_answer,
+                  lenient_answer, load_problems, prompt, same_answer)
 from model import Transformer, autocast, find_checkpoint
 from sample import (Example, Sampler, check_same_tokenizer, collate, draw_samples, first_numbers,
-                    load_tokenizer, my_micro_batches, refuse_too_long, values_at)
+                    load_tokenizer, my_micro_batches, refuse_too_long, response_tables, values_at)
 
 # -----------------------------------------------------------------------------
 init_from = ''        # the policy: a run's folder (its best/), a Hugging Face folder or a hub name
@@ -44,6 +46,7 @@ task = 'arithmetic'   # data/<task>/, or a folder with test.jsonl
 split = 'test'        # 'test' | 'val' | 'train'
 n_problems = 0        # the first ones of the split; 0: all (at least 0)
 k = 96                # samples a problem, beside the greedy one; 0: only that (at least 0)
+n_sampled = 0         # problems that get these k samples, the first ones; 0: all (at least 0)
 temperature = 0.7     # of the K samples; paper: 0.7 (as recalled) (at least 0)
 top_k = 0             # 0: all (at least 0)
 top_p = 1.0           # 1: all (above 0, at most 1)
@@ -53,6 +56,7 @@ condition = 'good'    # 'good' | 'bad' | 'none'; what a return-conditioned polic
 max_new_tokens = 256  # budget of a solution, labels of a return-conditioned policy included (at least 1)
 max_rows = 256        # samples decoded at a time (at least 1)
 micro_tokens = 16384  # tokens that the scorer reads at a time, padding included (at least 1)
+doctor = False        # only say what may keep RL from learning, by the validation slice; writes nothing
 out_dir = ''          # where eval_<task>.json goes; empty: init_from, if that is a folder
 overwrite = False     # drop the records of an evaluation with other settings
 seed = 0
@@ -135,10 +139,6 @@ def greedy_accuracy(sampler, problems, max_new_tokens, shown=()):
     found = draw_solutions(sampler, problems, 1, max_new_tokens, 0, shown, prompts, desc='maj@1')
     return mean_and_error([s.correct for s in found])
 
-def warn_truncated(share, max_new_tokens):
-    if share > 0.2:
-        print(f'warning: {share:.0%} of the samples did not finish within max_new_tokens = {max_new_tokens}')
-
 def without_examples(solution):
     """What a base model wrote after worked examples, as a solution to learn from or to score: without them,
     up to the line with the answer, and with an EOS."""
@@ -199,6 +199,65 @@ def solutions_of(path, problems, tokenizer):
 
 
 # -----------------------------------------------------------------------------
+# the doctor: what keeps RL from learning
+
+CUT_OFF = '{:.0%} of the samples are cut off by max_new_tokens = {}'
+
+def sampler_gap(solutions, logprobs, dtype):
+    """|log p of sampler - logprobs (B, T), the trainer's| of drawn tokens: mean, maximum, healthy mean."""
+    sampled = torch.tensor([x for s in solutions for x in s.logprobs], device=logprobs.device)
+    off = (torch.cat([row[:len(s.ids)] for row, s in zip(logprobs, solutions)]) - sampled).abs()
+    exact = off.device.type == 'cpu' and dtype == torch.float32  # without bf16 and TF32
+    return off.mean().item(), off.max().item(), 1e-3 if exact else 0.05
+
+def diagnose(solutions, k, max_new_tokens, questions, maj1=None, gap=None):
+    """-> five lines on k solutions a question, with what is healthy and what to turn where it is not; last a
+    verdict, 'healthy: ...' or 'warning: ...'. maj1: of greedy solutions; gap: of sampler_gap, if known."""
+    n, done = len(solutions), [s for s in solutions if s.finished]
+    right = [sum(s.correct for s in solutions[i:i + k]) for i in range(0, n, k)]
+    read = [(lenient_answer(s.prefix + s.text, s.problem.task), s.problem) for s in done]
+    correct, cut, formless = sum(right) / n, 1 - len(done) / n, sum(s.answer is None for s in done) / n
+    lenient = sum(same_answer(answer, p.answer, p.task) for answer, p in read) / n
+    went_on = sum(not s.finished and GOES_ON.search(s.text) is not None for s in solutions) / n
+    unsolved, mastered = right.count(0) / len(right), right.count(k) / len(right)
+    tied, solved, (mean, largest, most) = unsolved + mastered, 1 - unsolved, gap or (0, 0, 0.001)
+    name, one = ('pass@1', correct) if maj1 is None else ('maj@1', maj1)
+    signal = 'harder questions' if mastered > unsolved else 'easier questions, more samples, or SFT first'
+    teach = 'SFT first, or few_shot = 2'
+    checks = [  # the gravest last: name, what was found, whether that is wrong, what is healthy, what to turn
+        ('room', f'{name} {one:.1%}, pass@{k} {solved:.1%} of {len(right):,} {questions}',
+         k > 1 and solved - one < 0.05, '5 points apart, as RL only makes likely what samples hold',
+         'more samples, or a higher temperature'),
+        ('contrast', f'{tied:.0%} of the questions give no signal ({unsolved:.0%} all wrong, {mastered:.0%} '
+         'all right)', tied > 0.8 and (k > 1 or correct in (0, 1)), 'at most 80%', signal),
+        ('form', f'{formless:.0%} of the samples end without an answer ({correct:.1%} are right, by the last '
+         f'number {lenient:.1%})', formless > 0.2, 'at most 20%', teach),
+        ('budget', f'{CUT_OFF.format(cut, max_new_tokens)} ({went_on:.0%} after an answer)', cut > 0.2,
+         'at most 20%', 'raise max_new_tokens' if went_on < cut / 2 else 'no end token comes, ' + teach),
+        ('sampler', f'the log-probs of sampler and trainer differ by {mean:.2g} nats a token, at most '
+         f'{largest:.2g}' if gap else 'not measured, without log-probs', mean > most, f'a mean up to {most}',
+         'importance_cap = 2, or dtype = float32')]
+    lines = [f'!! {name}: {found}; healthy: {healthy}; turn: {turn}' if wrong else
+             f'ok {name}: {found}; healthy: {healthy}' for name, found, wrong, healthy, turn in checks]
+    warnings = [f'warning: {found}: {turn}' for _, found, wrong, _, turn in checks if wrong]
+    return lines + (warnings[-1:] or [f'healthy: {1 - tied:.0%} of the questions give a signal'])
+
+def print_diagnosis(lines, whole):
+    """All lines, or later in training only a warning."""
+    print(''.join(line + '\n' for line in lines if whole or line.startswith('warning')), end='')
+
+def examine(sampler, problems, shown):
+    """diagnose on fresh samples, by the script's settings."""
+    maj1, _ = greedy_accuracy(sampler, problems, max_new_tokens, shown)
+    drawn = draw_solutions(sampler, problems, k, max_new_tokens, temperature, shown, top_k=top_k, top_p=top_p,
+                           seed=seed, desc=f'pass@{k}')
+    written = [s for s in drawn if s.ids]
+    gap = None if sampler.label else sampler_gap(written, response_tables(  # labels are not among the ids
+        sampler.model, [s.example for s in written], temperature or 1.0, dtype, micro_tokens)[0], dtype)
+    return diagnose(drawn, k, max_new_tokens, 'validation questions', maj1, gap)
+
+
+# -----------------------------------------------------------------------------
 # reward models
 
 def check_context(config, policy, name):
@@ -214,7 +273,8 @@ def load_reward_model(path, policy, tokenizer, device, dtype=torch.float32, shar
     check_same_tokenizer(load_tokenizer(path), tokenizer, f'the reward model {path} and the policy')
     model = Transformer.from_pretrained(path, device, dtype, shard=shard, product_dtype=dtype)
     if model.value_head is None or model.head_kind not in kinds:
-        why = 'without a scalar head' if model.value_head is None else f'of kind {model.head_kind or "unknown"}'
+        kind = f'of kind {model.head_kind or "unknown"}'
+        why = 'without a scalar head' if model.value_head is None else kind
         raise UserError(f'{path} is no reward model of kind {" or ".join(kinds)} (rewards.py): it is {why}')
     check_context(model.config, policy, f'the reward model {path}')
     return model.requires_grad_(False)
@@ -286,10 +346,10 @@ def mean_and_error(x):
     return float(np.mean(x)), float(np.std(x, ddof=1) / len(x) ** 0.5) if len(x) > 1 else None
 
 def summarize(rows):
-    """{metric: (mean, its standard error)} over an evaluation's lines, with equally many samples each."""
+    """{metric: (mean, its standard error)} over an evaluation's lines, with equally many samples or none."""
     values = {'maj@1': [float(r['greedy']['correct']) for r in rows]}
-    groups = [r['samples'] for r in rows]
-    K = len(groups[0])
+    groups = [r['samples'] for r in rows if r['samples']]
+    K = len(groups[0]) if groups else 0
     if K:
         correct, answers = ([[s[key] for s in group] for group in groups] for key in ('correct', 'answer'))
         if K > 1:  # maj@1 is the greedy solution's
@@ -307,98 +367,131 @@ def summarize(rows):
     values['truncated'] = [np.mean([not s['finished'] for s in group]) for group in every]
     return {name: mean_and_error(v) for name, v in values.items()}
 
-def markdown_table(summaries):
-    """[(folder, its eval_<task>.json)] -> a Markdown table, shares in percent, with standard errors."""
-    columns = dict.fromkeys(m for _, summary in summaries for m in summary['metrics']
-                            if not m.startswith('pass@') or m == f'pass@{summary["k"]}')
-    lines = ['| run | task | problems | ' + ' | '.join(columns) + ' |', '|---' * (len(columns) + 3) + '|']
-    told = {'': '', 'good': ' [GOOD]', 'bad': ' [BAD]', 'none': ' (no label)'}  # a return-conditioned policy
-    for folder, summary in summaries:
-        cells = [folder + told[summary['condition']], summary['task'], str(summary['problems'])]
-        for metric in columns:
-            mean, error = summary['metrics'].get(metric, (None, None))
-            is_share = '@' in metric or metric in ('truncated', 'unsolved')
-            cell = '' if mean is None else f'{100 * mean:.1f}' if is_share else f'{mean:.1f}'
-            cells.append(cell + (f' ± {100 * error:.1f}' if is_share and error is not None else ''))
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+def paired_difference(before, after):
+    """(mean of after - before, half of its 95% interval) for two runs' scores of the same problems, at least
+    two: 1.96 standard errors of the mean of the differences, problem by problem."""
+    difference = np.subtract(after, before, dtype=float)
+    return difference.mean(), 1.96 * difference.std(ddof=1) / len(difference) ** 0.5
 
-def compare(folders):
-    """Prints one table of the folders' evaluations, how much of each run's samples the first run had found,
-    and two problems that the last run solved and the first did not. UserError for a folder without any."""
-    first, *others = dict.fromkeys(folders)
-    summaries, records = [], {}
-    for folder in (first, *others):
-        paths = sorted(glob.glob(os.path.join(glob.escape(folder), 'eval_*.json')))
-        finished = [(p, found) for p in paths if {'settings', 'metrics'} <= set(found := read_json(p))]
-        if not finished:
-            raise UserError(f'{folder}: no finished eval_<task>.json (made by eval.py --init_from={folder})')
-        for path, summary in finished:
-            summaries.append((folder, summary))
-            if summary['condition'] in ('', 'good'):
-                rows = {(r['index'], r['question'], r['answer']): r for r in read_rows(path + 'l')}
-                records[folder, summary['task']] = rows
-    print(markdown_table(summaries))
-    for task in sorted({task for _, task in records}):
-        for folder in others:
-            before, after = records.get((first, task), {}), records.get((folder, task), {})
-            pairs = [(before[key], after[key]) for key in after if key in before]
-            if pairs and all(r['samples'] for pair in pairs for r in pair):
-                print(f'\n{task}, {folder}: ' + explored(first, pairs))
-            if pairs and folder == others[-1]:
-                print_gained(task, first, folder, pairs)
+def mcnemar_p(before, after):
+    """Two-sided p of McNemar's exact test for two runs' results on the same problems, right or wrong: if they
+    are equally good, a problem that only one of them solves is the throw of a fair coin."""
+    gained, lost = (sum(bool(b) > bool(a) for a, b in zip(*x)) for x in ((before, after), (after, before)))
+    tail = sum(comb(gained + lost, i) for i in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2 ** (gained + lost))
 
-def explored(first, pairs):
-    """How much of a run's samples the run `first` had found. pairs: [(row of first, row of the run)]."""
-    shares = []
-    for only_right in (False, True):
-        found = n = 0
-        for a, b in pairs:
-            new = {equations(s['text']) for s in b['samples'] if s['correct'] or not only_right}
-            found, n = found + len(new & {equations(s['text']) for s in a['samples']}), n + len(new)
-        shares.append(f'{found / max(1, n):.0%} of {n:,}')
-    solved = [[any(s['correct'] for s in row['samples']) for row in pair] for pair in pairs]
-    before = [a for a, b in solved if b]
-    return (f'of its different equation sequences {shares[0]}, and of the right ones {shares[1]} are among '
-            f'those of {first}; of the {len(before)} problems that its samples solve, '
-            f'{sum(before) / max(1, len(before)):.0%} are solved by {first}')
+def table_row(run, summary, metrics, every=True):
+    """{column: text}, shares in percent. summary: an eval_<task>.json. metrics: one for each seed. every: all
+    metrics, with the 95% interval of one seed, or the standard deviation over several."""
+    told = f' [{summary["condition"].upper()}]' if summary['condition'] else ''  # a return-conditioned policy
+    row = {'run': run + told, 'maj@1': '', 'difference': '', 'p': ''}
+    few = ('maj@', 'rerank@', 'weighted@', f'pass@{summary["k"]}')
+    for name in [name for name in metrics[0] if every or name.startswith(few)]:
+        means, errors = zip(*[m.get(name, (float('nan'), None)) for m in metrics])
+        scale = 1 if name in ('tokens', 'unique_equations') else 100
+        row[name] = f'{scale * np.mean(means):.1f}'
+        if len(means) > 1 and (every or name == 'maj@1'):
+            row[name] += f' ({scale * np.std(means, ddof=1):.1f})'
+        elif every and errors[0] is not None:
+            row[name] += f' ± {1.96 * scale * errors[0]:.1f}'
+    return row
 
-def print_gained(task, first, last, pairs):
-    """Two problems that the run `last` solves and the run `first` does not, with both greedy solutions."""
-    gained = [(a, b) for a, b in pairs if b['greedy']['correct'] > a['greedy']['correct']]
-    lost = sum(b['greedy']['correct'] < a['greedy']['correct'] for a, b in pairs)
-    print(f'\n{task}: of {len(pairs)} problems {last} solves {len(gained)} that {first} does not, and fails '
-          f'{lost} that it does.')
-    for a, b in gained[:2]:
-        print(f'\nQ: {a["question"]}\n   (answer {a["answer"]})')
-        print(f'--- {first}\n{a["greedy"]["text"].strip()}\n--- {last}\n{b["greedy"]["text"].strip()}')
+def markdown_table(rows):
+    """An aligned Markdown table of table_row's rows, without the columns that are empty."""
+    columns = [c for c in dict.fromkeys(c for row in rows for c in row) if any(row.get(c) for row in rows)]
+    first, *widths = [max(len(row.get(c, '')) for row in [{c: c}, *rows]) for c in columns]
+    lines = [columns, ['-' * first, *('-' * width for width in widths)]]
+    lines += [[row.get(c, '') for c in columns] for row in rows]
+    return '\n'.join(f'| {name:{first}} | {" | ".join(map(str.rjust, x, widths))} |' for name, *x in lines)
 
-def evaluated(sampler, reward_model, problems, prompts, first, shown, start):
-    """Draws, judges and scores by the script's settings: yields a line a problem, from index `start` on."""
+def read_evaluation(folder, name):
+    """The finished evaluation folder/name, its lines by problem as 'rows'. UserError where there is none."""
+    path = os.path.join(folder, name)
+    summary = read_json(path) if os.path.exists(path) else {}
+    if not {'settings', 'metrics'} <= set(summary):
+        raise UserError(f'{folder}: no finished {name} (made by eval.py --init_from={folder})')
+    return summary | {'rows': {(r['index'], r['question'], r['answer']): r for r in read_rows(path + 'l')}}
+
+def compare(folders, seeds=(0,), every=False):
+    """Prints a table a task of the folders' evaluations. With seeds a folder NAME stands for NAME (seed 0),
+    NAME_s1 and so on. every: as in table_row. UserError for a folder without an evaluation."""
+    runs = {}
+    for folder in dict.fromkeys(folder.rstrip('/') for folder in folders):
+        seeded = [f'{folder}_s{seed}' if seed else folder for seed in seeds]
+        for name in sorted(glob.glob('eval_*.json', root_dir=seeded[0])) or ['eval_<task>.json']:
+            evaluations = [read_evaluation(f, name) for f in seeded]
+            runs.setdefault(evaluations[0]['task'], []).append((folder, evaluations))
+    for task in runs:
+        compare_on(task, runs[task], every)
+
+def compare_on(task, runs, every):
+    """Prints a task's table with the paired differences in maj@1 to its first run, and two problems that the
+    last run solves and the first does not. runs: [(folder, its evaluations, one a seed)]."""
+    (first, before), *others = runs
+    table, notes = [], []
+    for folder, after in runs:
+        keys = [key for key in before[0]['rows'] if all(key in e['rows'] for e in before + after)]
+        pairs = [[(a['rows'][key], b['rows'][key]) for key in keys] for a, b in zip(before, after)]
+        metrics = [e['metrics'] | (known(rows) if every else {}) for e, rows in zip(after, pairs)]
+        table.append(row := table_row(folder, after[0], metrics, every))
+        if any(len(e['rows']) > len(keys) for e in before + after):
+            notes.append(f'{folder} and {first} were evaluated on different problems: {len(keys):,} in both')
+        if len(keys) > 1 and after is not before:
+            solved = [[[r['greedy']['correct'] for r in run] for run in zip(*rows)] for rows in pairs]
+            mean, half = paired_difference(*np.mean(solved, 0))  # of (seeds, 2, problems): means over seeds
+            row['difference'] = f'{100 * mean:+.1f} ± {100 * half:.1f}'
+            row['p'] = f'{max(mcnemar_p(*x) for x in solved):.2g}'
+    over = f', means (standard deviations) and largest p over {len(before)} seeds' if len(before) > 1 else ''
+    print(f'{task}, {before[0]["problems"]:,} problems, in percent{over}\n\n{markdown_table(table)}')
+    if others:
+        print(f"\ndifference in maj@1 to {first}, 95% interval; p of McNemar's exact test", *notes, sep='\n')
+        gained = [(a, b) for a, b in pairs[0] if b['greedy']['correct'] > a['greedy']['correct']]
+        lost = sum(b['greedy']['correct'] < a['greedy']['correct'] for a, b in pairs[0])
+        print(f'{folder} solves {len(gained)} problems that {first} does not, and fails {lost} that it does.')
+        for a, b in gained[:2]:
+            print(f'\nQ: {a["question"]}\n   (answer {a["answer"]})')
+            print(f'--- {first}\n{a["greedy"]["text"].strip()}\n--- {folder}\n{b["greedy"]["text"].strip()}')
+
+def known(pairs):
+    """{metric: (share, None)}: what the first run's samples held of a run's equation sequences, of its right
+    ones, and of the problems that its samples solve. pairs: [(row of the first, row of the run)]."""
+    counts = np.zeros(6, int)
+    for a, b in pairs:
+        old, new = ({equations(s['text']) for s in row['samples']} for row in (a, b))
+        right = {equations(s['text']) for s in b['samples'] if s['correct']}
+        solved = [any(s['correct'] for s in row['samples']) for row in (a, b)]
+        counts += [len(new & old), len(new), len(right & old), len(right), all(solved), solved[1]]
+    names = ('known_sequences', 'known_right', 'known_solved')
+    return {name: (held / n, None) for name, held, n in zip(names, counts[::2], counts[1::2]) if n}
+
+def evaluated(sampler, reward_model, problems, prompts, first, n, shown, start):
+    """Draws, judges and scores by the script's settings, k samples of the first n problems: yields a line a
+    problem, from index `start` on."""
     greedy, drawn = draw_solutions(sampler, problems, 1, max_new_tokens, 0, shown, prompts), []
-    if k:
-        drawn = draw_solutions(sampler, problems, k, max_new_tokens, temperature, shown, prompts, first=first,
-                               top_k=top_k, top_p=top_p, seed=seed)
+    if k and n > 0:
+        drawn = draw_solutions(sampler, problems[:n], k, max_new_tokens, temperature, shown, prompts[:n],
+                               first=first[:n], top_k=top_k, top_p=top_p, seed=seed)
     rows = [s.row(tokens=len(s.ids)) for s in drawn]
     if reward_model:  # it learned to read solutions without worked examples before them
         read = [without_examples(s) if shown else s for s in drawn]
         for row, x in zip(rows, final_scores(reward_model, read, micro_tokens, dtype)):
             row['score'] = x
-    for n, (p, s) in enumerate(zip(problems, greedy)):
-        mine = rows[n * k:(n + 1) * k]
+    for i, (p, s) in enumerate(zip(problems, greedy)):
+        mine = rows[i * k:(i + 1) * k]
         for row, answer in zip(mine, first_spellings([row['answer'] for row in mine], p.task)):
             row['answer'] = answer
-        yield {'index': start + n, 'question': p.question, 'answer': p.answer,
+        yield {'index': start + i, 'question': p.question, 'answer': p.answer,
                'greedy': s.row(tokens=len(s.ids)), 'samples': mine}
 
 
 if __name__ == '__main__':
     if '--compare' in sys.argv[1:]:
-        override(globals(), [])  # for its one-line errors; the other arguments are folders
-        folders = [a for a in sys.argv[1:] if a != '--compare']
-        if not folders or any(f.startswith('--') for f in folders):
-            raise UserError('use: python eval.py --compare out/a out/b ...')
-        compare(folders)
+        options = dict(compare=True, all=False, seeds=(0,))
+        folders = [a for a in sys.argv[1:] if not a.startswith('--')]
+        override(options, [a for a in sys.argv[1:] if a.startswith('--')])
+        if not folders or not options['seeds']:
+            raise UserError('use: python eval.py --compare [--seeds=0,1,2] [--all] out/a out/b ...')
+        compare(folders, options['seeds'], options['all'])
         sys.exit()
 
     # 1. the policy, its problems, and what it is shown and told
@@ -406,6 +499,7 @@ if __name__ == '__main__':
     if not init_from:
         raise UserError('which policy? --init_from=out/demo_sft')
     device, dtype = setup(device, dtype, seed)
+    split = 'val' if doctor else split
     shown = load_problems(task, 'val')[:few_shot] if few_shot else []
     start = len(shown) if split == 'val' else 0
     problems = load_problems(task, split)[start:][:n_problems or None]
@@ -416,6 +510,11 @@ if __name__ == '__main__':
     if not tok.labels and condition != 'good':
         raise UserError(f'condition = {condition!r}: {init_from} is no return-conditioned policy (rcrl.py)')
     condition = condition if tok.labels else ''
+    if doctor:
+        sampler = Sampler(Transformer.from_pretrained(folder, device, dtype), tok, max_rows, dtype,
+                          condition or 'none')
+        print_diagnosis(examine(sampler, problems, shown), True)
+        sys.exit()
     out_dir = out_dir or (init_from if os.path.isdir(init_from) else '')
     if not out_dir:
         raise UserError('--out_dir=... is needed where init_from is no folder')
@@ -424,7 +523,8 @@ if __name__ == '__main__':
     task_name = os.path.basename(os.path.normpath(task))
     name = f'eval_{task_name}' + (f'_{condition}' if condition in ('bad', 'none') else '')
     summary_file, records_file = (os.path.join(out_dir, name + ending) for ending in ('.json', '.jsonl'))
-    keys = 'init_from task split n_problems k temperature top_k top_p scorer few_shot max_new_tokens seed'
+    keys = ('init_from task split n_problems k n_sampled temperature top_k top_p scorer few_shot '
+            'max_new_tokens seed')
     asked = {key: settings[key] for key in keys.split()}
     for key, path in (('weights', folder), ('scorer_weights', scorer)):  # a model may be trained anew
         if path:
@@ -450,7 +550,8 @@ if __name__ == '__main__':
 
     # 3. draw, judge, score
     def work(i, j):
-        return evaluated(sampler, reward_model, problems[i:j], prompts[i:j], first[i:j], shown, start + i)
+        return evaluated(sampler, reward_model, problems[i:j], prompts[i:j], first[i:j],
+                         (n_sampled or len(problems)) - i, shown, start + i)
 
     chunk = world_size() * max(1, 4 * max_rows // max(1, k))  # enough rows to fill some batches
     resumable(records_file, len(problems), chunk, work, f'{out_dir} on {task_name}', resume='')
@@ -458,5 +559,6 @@ if __name__ == '__main__':
     # 4. the metrics
     summary['metrics'] = from_main(lambda: summarize(read_rows(records_file)))
     from_main(lambda: write_json(summary_file, summary))
-    warn_truncated(summary['metrics']['truncated'][0], max_new_tokens)
-    print(markdown_table([(out_dir, summary)]))
+    if summary['metrics']['truncated'][0] > 0.2:
+        print('warning: ' + CUT_OFF.format(summary['metrics']['truncated'][0], max_new_tokens))
+    print(markdown_table([table_row(out_dir, summary, [summary['metrics']])]))

@@ -33,8 +33,8 @@ from config.run import (Checkpoints, asked_to_stop, bar, enough_memory, from_all
                         rank, read_rows, setup, start_run, sum_over_processes, write_rows)
 from data import (NEXT_QUESTION, completion, first_rows, load_problems, prompt, random_prefix,
                   validation_rows, without_equation)
-from eval import (check_context, draw_solutions, encode_prompts, greedy_accuracy, judge, load_reward_model,
-                  score as prefix_scores, unique_equations, warn_truncated)
+from eval import (check_context, diagnose, draw_solutions, encode_prompts, greedy_accuracy, judge,
+                  load_reward_model, print_diagnosis, sampler_gap, score as prefix_scores, unique_equations)
 from model import Transformer, autocast, backward, finish_gradients, learning_rate, make_optimizer
 from rewards import dense_rewards, orm_rewards, prm_rewards, score_quantile, sparse_rewards
 from sample import (Sampler, check_room, check_same_tokenizer, disk_needed, draw_samples, load_tokenizer,
@@ -113,6 +113,7 @@ keep_states = 1           # states left by a finished run, to go on from (at lea
 out_dir = 'out/ppo'
 overwrite = False         # replace the run in out_dir
 seed = 0
+tracker = 'none'          # 'none' | 'tensorboard' | 'trackio' | 'wandb'; where the log also goes
 device = 'auto'           # 'auto' | 'cpu' | 'cuda' | 'mps'
 dtype = 'auto'            # 'auto' | 'float32' | 'bfloat16'; of products; weights are fp32
 compile = 'auto'          # 'auto' | 'on' | 'off'; 'auto': on CUDA
@@ -283,18 +284,14 @@ def evaluate(solutions, policy, value_model, reference):
     return {'examples': examples, 'lengths': lengths, 'mask': mask, 'logprobs': logprobs, 'values': values,
             'entropy': entropy, 'ref_logprobs': ref_logprobs, 'sampled': sampled}
 
-def check_agreement(batch, iteration):
-    """|log p of sampler - log p of trainer|, mean nats a token: only rounding, or ratios mean nothing."""
-    gap = masked_mean((batch['sampled'] - batch['logprobs']).abs(), batch['mask'])
-    tolerance = 1e-3 if device.type == 'cpu' and dtype == torch.float32 else 0.05  # without bf16 and TF32
-    if gap > tolerance:
-        print(f'warning: the log-probs of sampler and trainer differ by {gap:.2g} nats a token, above '
-              f'{tolerance}; importance_cap = 2 allows for it')
+def check_agreement(solutions, batch, iteration):
+    """sampler_gap: only rounding, or ratios mean nothing."""
+    gap, _, tolerance = found = sampler_gap(solutions, batch['logprobs'], dtype)
     if iteration == 1:  # the reference is the policy, too
         drift = masked_mean((batch['logprobs'] - batch['ref_logprobs']).abs(), batch['mask'])
         assert importance_cap or gap < tolerance, 'the log-probs of sampler and trainer differ'
         assert ref or drift < tolerance, 'the reference is not the initial policy'
-    return gap
+    return found
 
 def add_gradients(policy, value_model, batch, rows, n_tokens, trunk, iteration):
     """Backward through a minibatch, in micro-batches -> ({its losses over n_tokens, the policy's change},
@@ -559,7 +556,7 @@ if __name__ == '__main__':
         task_reward = sum(rewards.values())  # (B, T)
         # 4. the policy that sampled, its critic and the reference on the same tokens
         batch = evaluate(solutions, policy, value_model, reference)
-        sampler_gap, mask = check_agreement(batch, iteration), batch['mask']
+        gap, mask = check_agreement(solutions, batch, iteration), batch['mask']
         # 5. a KL penalty on every token, whose mean over samples is -beta KL
         log_ratio = batch['logprobs'] - batch['ref_logprobs']
         rewards['kl'] = -state['kl_coef'] * log_ratio
@@ -578,9 +575,10 @@ if __name__ == '__main__':
         # 8. what happened
         metrics = measure(solutions, batch, rewards, state['kl_coef'])
         log(state['updates'], iteration=iteration, samples_drawn=iteration * n_rollouts, **metrics, **updated,
-            advantage_std=masked_variance(advantages, mask).sqrt(), sampler_gap=sampler_gap,
+            advantage_std=masked_variance(advantages, mask).sqrt(), sampler_gap=gap[0],
             rollout_tokens_per_second=batch['lengths'].sum() / rollout_seconds)
-        warn_truncated(metrics['share_truncated'], max_new_tokens)
+        of = f'train questions, best maj@1 {state["best"]:.1%} on the validation slice'
+        print_diagnosis(diagnose(solutions, n_per_question, max_new_tokens, of, gap=gap), iteration == 1)
         show_samples(samples_file, iteration, solutions, task_reward, log_ratio.sum(-1))
         if kl_target:
             kl = metrics['kl_solution'].item()

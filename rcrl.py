@@ -75,6 +75,7 @@ keep_states = 1           # states that stay when the run has finished, e.g. for
 out_dir = 'out/rcrl'
 overwrite = False         # replace the run that out_dir holds
 seed = 0
+tracker = 'none'          # 'none' | 'tensorboard' | 'trackio' | 'wandb'; where the log also goes
 device = 'auto'           # 'auto' | 'cpu' | 'cuda' | 'mps'
 dtype = 'auto'            # 'auto' | 'float32' | 'bfloat16'; of the matrix products; weights are fp32
 compile = 'auto'          # 'auto' | 'on' | 'off'; 'auto': on CUDA
@@ -239,10 +240,11 @@ if __name__ == '__main__':
                         'leaves none (0 takes all there is)')
     good = [label for _, labels, _ in chosen for label in labels]
     taken = [labels[step] for _, labels, steps in chosen for step in steps]
-    log(0, solutions=len(labelled), solutions_right=fmean(s.correct for s, _ in labelled),
-        dataset=len(dataset), dataset_right=fmean(s.correct for s, _, _ in chosen), steps=len(good),
-        steps_good=fmean(good), learned_steps=len(taken), learned_good=fmean(taken),
-        learned_tokens=n_learned(dataset), rollouts_drawn=sum(row['rollouts'] for row in rows))
+    n_rollouts = sum(row['rollouts'] for row in rows)
+    log(0, samples_drawn=len(questions) * k + n_rollouts, rollouts_drawn=n_rollouts, solutions=len(labelled),
+        solutions_right=fmean(s.correct for s, _ in labelled), dataset=len(dataset),
+        dataset_right=fmean(s.correct for s, _, _ in chosen), steps=len(good), steps_good=fmean(good),
+        learned_steps=len(taken), learned_good=fmean(taken), learned_tokens=n_learned(dataset))
 
     # 4. fine-tune the base on them: labels are read and not learned
     print(memory_needed([model], dtype, micro_tokens, max(len(e.ids) for e in dataset), max_rows,

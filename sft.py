@@ -71,6 +71,7 @@ keep_states = 1           # states that stay when the run has finished, e.g. for
 out_dir = 'out/sft'
 overwrite = False         # replace the run that out_dir holds
 seed = 0
+tracker = 'none'          # 'none' | 'tensorboard' | 'trackio' | 'wandb'; where the log also goes
 device = 'auto'           # 'auto' | 'cpu' | 'cuda' | 'mps'
 dtype = 'auto'            # 'auto' | 'float32' | 'bfloat16'; of the matrix products; weights are fp32
 compile = 'auto'          # 'auto' | 'on' | 'off'; 'auto': on CUDA

@@ -7,6 +7,7 @@ They share what is expensive: drawing samples and passing batches through models
 import atexit
 import ctypes
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -240,13 +241,16 @@ def start_run(settings, resume=False):
     anything else, or a run and neither is asked for."""
     if SEVERAL and settings.get('shard') == 'none':
         raise UserError("shard = 'none' is for one process: several would each learn on their own")
+    tracker = settings.get('tracker', 'none')
+    if tracker != 'none' and not importlib.util.find_spec(tracker):
+        raise UserError(f'tracker = {tracker!r} is not installed: pip install {tracker}')
     if RANK == 0:
         try:
             begin(settings['out_dir'], settings, resume)
         except OSError as error:
             raise UserError(f'out_dir = {settings["out_dir"]!r}: {error.strerror}') from None
     listen_for_stop()
-    return Log(settings['out_dir'], resume)
+    return Log(settings['out_dir'], resume, tracker)
 
 def begin(out_dir, settings, resume):
     """start_run's folder and config.json, by process 0."""
@@ -268,6 +272,7 @@ def begin(out_dir, settings, resume):
     os.makedirs(out_dir, exist_ok=True)
     config['_commands'] = (before['_commands'] if resume else []) + [shlex.join(sys.argv)]
     config['_job'] = os.environ.get('RUN_JOB', '')
+    config['_id'] = before.get('_id') if resume else uuid.uuid4().hex[:8]
     write_json(f'{out_dir}/config.json', config)
 
 def remove_run(out_dir, found, settings):
@@ -358,17 +363,29 @@ def checksums(folder):
 def first_line(error):
     return f'{type(error).__name__}: ' + (str(error).strip().split('\n') or [''])[0]
 
+def start_tracker(config):
+    """track(metric, number, step), which after a resume writes to the same run again. config: read_run's."""
+    if config['tracker'] == 'tensorboard':
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(config['out_dir'], flush_secs=1).add_scalar
+    name = f'{os.path.basename(config["out_dir"])}-{config["_id"]}'
+    os.environ['WANDB_RUN_ID'] = name  # wandb finds a run by this, trackio by its name
+    tracker = importlib.import_module(config['tracker'])
+    run = tracker.init(project='nanoReason', name=name, config=config, resume='allow')
+    return lambda metric, x, step: run.log({metric: x}, step=step)
+
 class Log:
     """log = Log(out_dir); log(step, loss=1.2) appends a JSON object to out_dir/log.jsonl and prints a line.
 
     "time": seconds since the run began, without pauses before a resumption. "memory": the peak in GiB, of
     CUDA's allocator or else of the process. After a resume, later rows win."""
 
-    def __init__(self, out_dir, resume=False):
+    def __init__(self, out_dir, resume=False, tracker='none'):
         self.path = f'{out_dir}/log.jsonl'
         if RANK == 0:
             if not resume:
                 write_rows(self.path, [])
+            self.track = None if tracker == 'none' else start_tracker(read_run(out_dir))
             self.start = time.time() - max((row['time'] for row in iterate_rows(self.path)), default=0.0)
 
     def __call__(self, step, **metrics):
@@ -383,6 +400,9 @@ class Log:
         null = {name: None for name, x in floats.items() if not math.isfinite(x)}
         with open(self.path, 'a', encoding='utf-8') as f:  # closed again: a crash loses no buffer
             f.write(json.dumps(row | null, allow_nan=False) + '\n')
+        for name, x in row.items() if self.track else ():
+            if isinstance(x, (int, float)) and name not in null:
+                self.track(name, x, row['step'])
         shown = row | {name: f'{x:.5g}' for name, x in floats.items()}
         tqdm.write(' | '.join(f'{name} {shown[name]}' for name in ['step', *metrics]))
         sys.stdout.flush()

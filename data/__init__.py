@@ -92,6 +92,7 @@ def read_problem(line, task):
     return Problem(question, solution, answer, task, row)
 
 NEXT_QUESTION = '\nQuestion:'  # a base model that was shown examples goes on with a question of its own
+GOES_ON = re.compile(rf'(?:####|\\boxed{{) *[^\s#][^\n#]*[\n#]|{NEXT_QUESTION}')  # an answer, and more text
 
 def prompt(question, shown=()):
     """What the model reads: shown Problems (for a base model without SFT), then the question. No space at the
@@ -194,6 +195,13 @@ def extract_answer(text, task=''):
         if depth == 0:
             return _boxed(text[start:end])
     return None  # never closed, or too long
+
+def lenient_answer(text, task=''):
+    """extract_answer, or without a task the text's last number where that finds none."""
+    answer = extract_answer(text, task)
+    if answer is None and not task and (found := re.findall('(?<![0-9])-?[0-9][0-9.,/]*', _plain(text))):
+        return _number(found[-1][:4 * MAX_NUMBER], whole=False)
+    return answer
 
 def _number(text, whole):
     """The number that text starts with (whole: that it is), as number_text spells it, or None."""

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 from functools import partial
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -205,7 +205,7 @@ def out(tmp_path):
 
 def begin(out, resume=False, **changes):
     first = dict(out_dir=str(out), init_from='scratch', lr=0.5, seeds=(1, 2), overwrite=False, device='cpu')
-    start_run(first | changes, resume)
+    return start_run(first | changes, resume)
 
 def stored(out):
     return json.loads((out / 'config.json').read_text())
@@ -223,7 +223,8 @@ def test_start_run_writes_the_settings_and_resuming_what_has_changed(out, capsys
         assert capsys.readouterr().out == said
         if not changes:
             assert stored(out) == dict(out_dir=str(out), init_from='scratch', lr=0.5, seeds=[1, 2],
-                                       overwrite=False, device='cpu', _job='', _commands=commands[:1])
+                                       overwrite=False, device='cpu', _job='', _id=stored(out)['_id'],
+                                       _commands=commands[:1])
             (out / 'weights').write_text('x')  # survives, overwrite or not
     config = stored(out)
     assert (config['lr'], config['init_from'], config['_commands']) == (0.1, 'scratch', commands)
@@ -316,6 +317,25 @@ def test_log(tmp_path, capsys, monkeypatch):
     (tmp_path / 'log.jsonl').write_text('{"step": 1, "time": 3.0}\nno json\n')
     with pytest.raises(UserError, match='log.jsonl'):
         Log(str(tmp_path), resume=True)
+
+def test_trackers(out, monkeypatch):
+    module = Mock(__spec__='installed')
+    for name in ('tensorboard', 'torch.utils.tensorboard', 'wandb', 'trackio'):
+        monkeypatch.setitem(sys.modules, name, None if name == 'trackio' else module)
+    with pytest.raises(UserError, match='trackio.* not installed'):
+        begin(out, tracker='trackio')
+    assert not out.exists()
+    for tracker in ('tensorboard', 'wandb'):
+        log = begin(out, tracker=tracker, overwrite=True)
+        log(np.int64(3), loss=torch.tensor(1.5), note='x', bad=math.nan)
+        for again in ('resume', 'overwrite'):
+            begin(out, tracker=tracker, **{again: True})
+    added = module.SummaryWriter.return_value.add_scalar.call_args_list
+    assert call('loss', 1.5, 3) in added and [x.args[0] for x in added] == ['step', 'time', 'memory', 'loss']
+    assert [x.args for x in module.SummaryWriter.call_args_list] == [(str(out),)] * 3
+    first, resumed, new = [x.kwargs['name'] for x in module.init.call_args_list]
+    assert first == resumed != new
+    assert call({'loss': 1.5}, step=3) in module.init.return_value.log.call_args_list
 
 def test_fast_matmul_is_true_fp32(request):
     matmul = torch.backends.mkldnn.matmul

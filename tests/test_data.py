@@ -91,6 +91,13 @@ def test_prompts():
 
 SOLUTION = 'She has 3 + 4 = <<3 + 4=7>>7 pens.\n\nShe gives 7-2=<<7-2=5>>5 away.\n  \n#### 5'
 
+@pytest.mark.parametrize('text, answer', [
+    ('so 3 + 4 = 7.', '7'), ('It is 1,800 dollars', '1800'), ('5-8 = \u22123', '-3'), ('3-4', '4'),
+    ('no', None), ('3\n#### 4\nor 5', '4'), (r'\boxed{x + 1} of 2', 'x+1'), ('1 or 2.5.3', None),
+    ('1/2', '0.5'), ('9' * 70, None)])
+def test_a_lenient_reading_takes_the_last_number_where_there_is_no_answer(text, answer):
+    assert data.lenient_answer(text) == answer
+
 def test_steps():
     assert steps(SOLUTION) == ['She has 3 + 4 = <<3 + 4=7>>7 pens.', 'She gives 7-2=<<7-2=5>>5 away.']
     for text, found in [('#### 5', ''), ('a\nb', 'ab'), ('a\nb#### 5\nc', 'ab'), ('a\n#####5', 'a')]:

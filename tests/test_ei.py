@@ -2,6 +2,8 @@
 import os
 import re
 import shutil
+from collections import Counter
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -11,7 +13,7 @@ from test_rewards import log_of, rows_of
 
 from config import UserError
 from config.run import write_rows
-from ei import returns_of, select, solution_key
+from ei import filtered, returns_of, select, solution_key
 from eval import Solution, explore, score
 from model import Transformer
 from sample import Sampler, load_tokenizer
@@ -35,6 +37,24 @@ def test_what_joins_the_data_set(texts, wrong, seen, n_kept, cap, kept):
     passed = [s for s, value in zip(found, returns_of(found, None, 1000, torch.float32)) if value]
     assert select(passed, keys, n_kept, cap) == [found[i] for i in kept]
     assert {solution_key(found[i].text) for i in kept} <= keys
+
+def test_the_random_control_keeps_as_many_whatever_is_right(monkeypatch):
+    def kept(seed, max_rows=256):
+        monkeypatch.setattr('ei.max_rows', max_rows)
+        groups = [[replace(s, problem=coin_problem(i)) for s in found] for i in range(3)]
+        return filtered(iter(groups), None, [set(), {solution_key(A)}, set()], [0, 0, 1], 50, seed)[0]
+    for name, value in {'ei.reward': 'random', 'ei.max_per_question': 2}.items():
+        monkeypatch.setattr(name, value)
+    texts, drawn = (A, B, A2, C, B, 'wrong', 'cut'), Counter()
+    found = [solution(text, text in (A, A2, C)) for text in texts]
+    found[-1].finished = False
+    for seed in range(400):  # the right ones would bring A and C; C; and one of them, as one was kept before
+        joined = kept(seed)
+        assert Counter(s.problem.question[-2] for s in joined) == {'0': 2, '1': 1, '2': 1}
+        assert len({solution_key(s.text) for s in joined[:2]}) == 2
+        drawn.update(s.text for s in joined[:2])
+    assert set(drawn) == {A, B, C, 'wrong'} and all(150 < n < 250 for n in drawn.values())  # deviation: 10
+    assert kept(7) == kept(7, max_rows=1)  # in pieces
 
 def test_with_a_reward_model_its_score_of_the_whole_solution_is_the_return(bpe):
     scorer = loud(Transformer(tiny_config(bpe.vocab_size)).add_value_head())

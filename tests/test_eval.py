@@ -1,14 +1,16 @@
 """Metrics by enumeration and by hand, what a judged solution is, and the evaluation's life on disk."""
 import itertools
 import random
+import re
 
+import numpy as np
 import pytest
 from conftest import loud, tiny_config, write_task
 from test_rewards import rows_of
 
 import eval as evaluation
 from config import UserError
-from config.run import write_json, write_rows
+from config.run import read_json, write_json, write_rows
 from data import Problem
 from eval import first_spellings, judge, maj_at_k, pass_at_k, rerank_at_k, summarize, weighted_at_k
 from model import Transformer
@@ -85,11 +87,24 @@ def test_what_another_run_had_found():
 
     def samples(found):
         return {'samples': [{'text': f'<<{e}>>', 'correct': e != 'wrong=1'} for e in found.split()]}
-    # of four sequences two were there, of three right ones one; of two solved problems one was solved
-    said = evaluation.explored('out/a', [(samples('1+2=3 wrong=1'), samples('1+2=3 wrong=1 4-1=3')),
-                                         (samples('wrong=1'), samples('2+2=4 2+2=4'))])
-    for part in ('sequences 50% of 4', 'right ones 33% of 3', 'of the 2 problems', '50% are solved by'):
-        assert part in said
+    pairs = [(samples('1+2=3 wrong=1'), samples('1+2=3 wrong=1 4-1=3')),
+             (samples('wrong=1'), samples('2+2=4 2+2=4'))]
+    assert [share for share, _ in evaluation.known(pairs).values()] == [2 / 4, 1 / 3, 1 / 2]
+
+def test_paired_statistics_against_enumeration():
+    for n in range(9):
+        sides = list(itertools.product([False, True], repeat=n))  # which run solves each, as the coins fall
+        for gained in range(n + 1):
+            uneven = [abs(2 * sum(side) - n) >= abs(2 * gained - n) for side in sides]
+            lost = n - gained
+            before, after = [0] * gained + [1] * lost + [0, 1], [1] * gained + [0] * lost + [0, 1]
+            assert evaluation.mcnemar_p(before, after) == sum(uneven) / 2 ** n
+    assert evaluation.mcnemar_p(np.zeros(1000, bool), np.ones(1000, bool)) == 2.0 ** -999
+    difference = [0, 1, 1, -1, 0.5]
+    # the bootstrap, whose variance is too small by (n - 1) / n
+    resampled = [np.mean(x) for x in itertools.product(difference, repeat=5)]
+    expected = 0.3, 1.96 * np.std(resampled) * (5 / 4) ** 0.5
+    assert evaluation.paired_difference([1] * 5, np.add(difference, 1)) == pytest.approx(expected)
 
 # ---- solutions ----
 @pytest.mark.parametrize('text, answer, correct, more', [
@@ -122,9 +137,52 @@ def test_a_prompt_without_room_is_a_wrong_answer_not_the_end(bpe, tmp_path):
         with pytest.raises(UserError, match='exceed the context of 96 tokens'):
             draw()
 
+# ---- the doctor ----
+@pytest.mark.parametrize('texts, known, said, wrong', [  # texts: of a question's samples, for two questions
+    (['#### 18', '#### 7', '#### 18', '#### 7'], {}, 'healthy: 100% of the questions give a signal', ''),
+    (['#### 7'] * 4, {}, '100% of the questions give no signal (100% all wrong, 0% all right): easier '
+     'questions, more samples, or SFT first', 'room contrast'),
+    (['#### 18'] * 4, {}, '(0% all wrong, 100% all right): harder questions', 'room contrast'),
+    (['#### 18', 'so...', 'so\n#### 1...', 'so 7...'], {},
+     '75% of the samples are cut off by max_new_tokens = 40 (0% after an answer): raise max_new', 'budget'),
+    (['it is 18.', 'it is $7', 'so', '#### 18', '#### 18...'], {}, '60% of the samples end without an '
+     'answer (20.0% are right, by the last number 40.0%): SFT first, or few_shot = 2', 'form'),
+    (['so\n#### 18\n\nQuestion: 3...', '#### 18#### 1...', 'x is\nQuestion: y...', '\\boxed{18}\nso...'], {},
+     '= 40 (100% after an answer): no end token comes, SFT first', 'room contrast budget'),
+    (['#### 18', '#### 7', 'so...', '#### 7'], {'gap': (0.2, 1.5, 0.05)}, 'the log-probs of sampler and '
+     'trainer differ by 0.2 nats a token, at most 1.5: importance_cap = 2', 'budget sampler'),
+    (['#### 18', '#### 7'], {'maj1': 0.97}, 'maj@1 97.0%, pass@2 100.0% of 2 questions: more samples',
+     'room'),
+    (['#### 18'], {}, 'harder questions', 'contrast')])
+def test_a_diagnosis_names_the_cause(texts, known, said, wrong):
+    drawn = [solution(t) for t in texts * 2]
+    *lines, verdict = evaluation.diagnose(drawn, len(texts), 40, 'questions', **known)
+    assert verdict.startswith('warning: ' if wrong else 'healthy: ') and said in verdict
+    assert len(lines) == 5 and [line.split()[1][:-1] for line in lines if line[:2] == '!!'] == wrong.split()
+    assert all((line[:2] == '!!') == ('; turn: ' in line) and '; healthy: ' in line for line in lines)
+
+def test_one_sample_a_question_may_be_healthy(capsys):
+    lines = evaluation.diagnose([solution('#### 18'), solution('#### 7')], 1, 40, 'questions')
+    evaluation.print_diagnosis(lines, False)
+    assert lines[-1].startswith('healthy') and not capsys.readouterr().out
+
+def test_the_doctor_by_its_script(run, coin, script, tmp_path):
+    """Nothing is written; what it counts is what an evaluation of the same samples counts."""
+    before = sorted((coin / 'policy').iterdir())
+    flags = f'--init_from={coin}/policy --task={coin}/task --k=4 --max_new_tokens=40 --device=cpu'.split()
+    said = script('eval.py', '--doctor', *flags).stdout
+    assert sorted((coin / 'policy').iterdir()) == before
+    script('eval.py', *flags, '--split=val', f'--out_dir={tmp_path}/val')
+    metrics = read_json(tmp_path / 'val' / 'eval_task.json')['metrics']
+    one, four, cut = (metrics[name][0] for name in ('maj@1', 'pass@4', 'truncated'))
+    assert f'maj@1 {one:.1%}, pass@4 {four:.1%} of 256 validation questions' in said
+    assert f'{cut:.0%} of the samples are cut off' in said and '\nok sampler: the log-probs of' in said
+    told = run('--doctor', '--few_shot=1', '--n_problems=4').stdout
+    assert '!! budget' in told and not list((tmp_path / 'm').glob('eval_*'))
+
 # ---- tables and the script ----
-def test_compare_is_by_problem(tmp_path, capsys):
-    """Two problems with one question, and a run that evaluated fewer problems."""
+def test_compare_is_by_problem(tmp_path, capsys, monkeypatch):
+    """Two problems with one question, and runs that evaluated other problems."""
     def run(name, answers, right):
         rows = [{'index': i, 'question': 'Tom?' if i < 2 else f'{i}?', 'answer': a, 'samples': [],
                  'greedy': row(f'#### {18 if i in right else 1}')} for i, a in enumerate(answers)]
@@ -132,15 +190,39 @@ def test_compare_is_by_problem(tmp_path, capsys):
         (tmp_path / name).mkdir()
         write_rows(f'{tmp_path}/{name}/eval_t.jsonl', rows)
         write_json(f'{tmp_path}/{name}/eval_t.json', summary)
-        return str(tmp_path / name)
+        return name
 
-    a = run('a', '123', [1])
-    for b, of, gained, lost in ((run('copy', '123', [1]), 3, 0, 0), (run('fewer', '12', [0]), 2, 1, 1),
-                                (run('other', '7234', [0, 1, 2, 3]), 2, 1, 0)):  # another first one
-        evaluation.compare([a, b])
-        said = capsys.readouterr().out
-        assert f'of {of} problems {b} solves {gained} that {a} does not, and fails {lost} that it' in said
-        assert f'| {a} | t | 3 | 33.3 ± 33.3 | 7.3 | 0.0 ± 0.0 |\n| {b} | ' in said
+    monkeypatch.chdir(tmp_path)
+    run('a', '123', [1])
+    for b, gained, lost, cells in ((run('copy', '123', [1]), 0, 0, '33.3 | +0.0 ± 0.0'),
+                                   (run('fewer', '12', [0]), 1, 1, '50.0 | +0.0 ± 196.0'),
+                                   (run('other', '7234', [0, 1, 2, 3]), 1, 0, '100.0 | +50.0 ± 98.0')):
+        evaluation.compare(['a', f'{b}/'])  # the last one's first problem is another one
+        said = squeezed(capsys.readouterr().out)
+        assert f'{b} solves {gained} problems that a does not, and fails {lost} that it' in said
+        assert f'| {b} | {cells} | 1 |' in said and (b == 'copy' or 'different problems: 2 in both' in said)
+    run('a_s1', '12', [0]), run('b', '123', [0, 1, 2]), run('b_s1', '123', [0])
+    evaluation.compare(['a', 'b'], seeds=(0, 1))  # b gains 1, 0 and 0, 0
+    said = squeezed(capsys.readouterr().out)
+    assert '| a | 41.7 (11.8) | | |\n| b | 66.7 (47.1) | +25.0 ± 49.0 | 1 |' in said
+    assert 'over 2 seeds' in said
+    with pytest.raises(UserError, match='a_s2: no finished eval_t.json'):
+        evaluation.compare(['a', 'b'], seeds=(0, 1, 2))
+
+def squeezed(table):
+    return re.sub(' +', ' ', table)
+
+@pytest.mark.parametrize('n_seeds, spread', [(1, '± 19.6'), (3, '(0.0)')])
+def test_the_table_fits_a_terminal(n_seeds, spread):
+    few, summary = ['maj@1', 'maj@96', 'rerank@96', 'weighted@96', 'pass@96'], dict(condition='none', k=96)
+    metrics = [dict.fromkeys([*few, 'pass@1', 'tokens'], (0.999, 0.1))] * n_seeds
+    row = evaluation.table_row('out/demo_rcrl', summary, metrics, every=False)
+    table = evaluation.markdown_table([row | {'difference': '+99.9 ± 99.9', 'p': '1e-100'}])
+    header, *lines = table.split('\n')
+    assert {len(line) for line in lines} == {len(header)} and len(header) <= 110
+    assert header.replace('|', ' ').split() == ['run', few[0], 'difference', 'p', *few[1:]]
+    every = squeezed(evaluation.markdown_table([evaluation.table_row('a', summary, metrics)]))
+    assert every.startswith('| run | maj@1 | maj@96 |') and f'| a [NONE] | 99.9 {spread} |' in every
 
 @pytest.fixture
 def run(tmp_path, bpe, script):
@@ -154,8 +236,11 @@ def run(tmp_path, bpe, script):
 
 def test_a_stopped_evaluation_goes_on_and_other_settings_are_refused(run, script, tmp_path, monkeypatch):
     m, records, summary = (tmp_path / 'm' / name for name in ('', 'eval_task.jsonl', 'eval_task.json'))
-    assert '| maj@1 | maj@3 | pass@3 |' in run().stdout
-    before, rows = (records.read_text(), summary.read_text()), rows_of(records)
+    assert '| maj@1 | maj@3 | pass@1 |' in squeezed(run().stdout)
+    table = script('eval.py', '--compare', f'{m}', f'{m}').stdout
+    assert 'task, 6 problems' in table and '| maj@1 | maj@3 | pass@3 |' in squeezed(table)
+    before = records.read_text(), summary.read_text()
+    rows = rows_of(records)
     assert [r['index'] for r in rows] == list(range(6))
     assert rows[0]['greedy'] == rows[5]['greedy'] and rows[0]['samples'] != rows[5]['samples']  # fresh ones
     records.write_text(before[0][:int(len(before[0]) * 0.6)])  # torn within a line
@@ -167,7 +252,7 @@ def test_a_stopped_evaluation_goes_on_and_other_settings_are_refused(run, script
         patch.setattr('config.run.stop_asked', lambda: True)
         stopped = run('--temperature=0.5', '--overwrite').stderr
     assert 'after 1 of 6' in stopped and 'to go on: python eval.py' in stopped and 'resume' not in stopped
-    assert 'no finished eval_<task>.json' in script('eval.py', '--compare', f'{m}', code=2).stderr
+    assert 'no finished eval_task.json' in script('eval.py', '--compare', f'{m}', code=2).stderr
     run('--temperature=0.5')
     assert records.read_text() != before[0] and records.read_text().count('\n') == 6
     summary.unlink()  # records without settings

@@ -253,6 +253,7 @@ def test_the_samplers_gap_is_watched_in_every_iteration(coin, tmp_path, monkeypa
         calls, out = itertools.count(), tmp_path / str(cap)
         printed = run_ppo(coin, out, '--n_iterations=2', f'--importance_cap={cap}').stdout
         assert printed.count('warning: the log-probs of sampler and trainer differ by') == 1
+        assert printed.count(' room: pass@1 ') == 1  # the whole diagnosis, once
         assert [row['sampler_gap'] > 1e-3 for row in iterations(out)] == [False, True]
         losses.append([row['policy_loss'] for row in iterations(out)])
     plain, capped = losses

@@ -242,7 +242,7 @@ def test_the_coin_falls_as_the_label_says(learned, coin):
         assert records.count('\n') == 16 and 'GOOD' not in records and 'BAD' not in records
     assert shares[0] > shares[1] + 0.3  # 128 samples each: a standard error of .06 at most
     table = run_script('eval.py', '--compare', str(learned)).stdout
-    assert all(f'| {learned} {title} |' in table for title in ('[GOOD]', '[BAD]', '(no label)'))
+    assert all(f'| {learned} {title} ' in table for title in ('[GOOD]', '[BAD]', '[NONE]'))
     said = run_script('sample.py', f'--init_from={learned}', '--start=What is number 3?', '--temperature=0',
                       '--max_new_tokens=40', '--condition=bad').stdout
     assert '#### ' in said and '[BAD]' not in said
