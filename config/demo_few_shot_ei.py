@@ -6,9 +6,9 @@ base = 'out/demo_few_shot_base'
 out_dir = 'out/demo_few_shot_ei'
 few_shot = 2                # in the first round
 include_sft = False
-n_questions = 6000          # all of train but the validation slice
+n_questions = 2500          # all of train but the validation slice
 n_rounds = 5                # paper: 4 to 5 from a pretrained model
-k = 4                       # 6,000 * 4 * 5 = 120,000 samples
+k = 4                       # 2,500 * 4 * 5 = 50,000 samples
 max_new_tokens = 110
 max_rows = 512
 max_steps = 750             # a round

@@ -63,15 +63,15 @@ def test_questions_differ_and_rows_are_right(folder):
     both = rows_of(folder / 'train.jsonl') + rows_of(folder / 'test.jsonl')
     base = [row['text'].removeprefix('Question: ') for row in rows_of(folder / 'base.jsonl')]
     questions = [row['question'] for row in both] + [t.split('\nAnswer:')[0] for t in base if '?' in t]
-    assert len(questions) == len(set(questions)) == 1500 + 300 + 1100
+    assert len(questions) == len(set(questions)) == 1500 + 300 + 1500
     counts = collections.Counter(len(work(row['answer'])) for row in both)
-    assert set(counts) == {2, 3, 4}
-    for n, share in ((2, 19 / 27), (3, 7 / 27), (4, 1 / 27)):  # smallest of three draws; 5 standard errors
+    assert set(counts) == {2, 3}
+    for n, share in ((2, 7 / 8), (3, 1 / 8)):  # smallest of three draws; 5 standard errors
         assert abs(counts[n] / 1800 - share) < 5 * (share * (1 - share) / 1800) ** 0.5
     for question, answer in (row.values() for row in both):
         assert re.fullmatch(r'([A-Z0-9][A-Za-z0-9 ,]*\. )+[A-Z][A-Za-z ,]*\?', question)
         assert not re.search(r'  | ,', question) and len(question.split()) <= 55
-        assert all(2 <= n <= 30 for n in numbers(question + answer.split('####')[0]))
+        assert all(2 <= n <= 20 for n in numbers(question + answer.split('####')[0]))
         for line in answer.split('\n')[:-1]:
             assert re.fullmatch(r'([A-Z][A-Za-z ]* )?\S*<<\S*>>\d+( [A-Za-z ]*)?\.', line), line
 
@@ -80,7 +80,7 @@ def test_base_is_facts_one_step_problems_tales_and_bare_questions(folder):
     solved, asked = [t for t in texts if '\n' in t], [t for t in texts if t.endswith('?')]
     facts = [t for t in texts if not re.search('[A-Z]', t)]
     tales = set(texts) - {*solved, *asked, *facts}
-    assert [len(some) for some in (texts, solved, asked, facts, tales)] == [2000, 1000, 100, 400, 500]
+    assert [len(some) for some in (texts, solved, asked, facts, tales)] == [2000, 1400, 100, 200, 300]
     for text in solved:
         question, solution = text.removeprefix('Question: ').split('\nAnswer: ')
         assert text == data.prompt(question) + data.completion(solution) and len(work(solution)) == 1

@@ -21,6 +21,7 @@ from sample import disk_needed, load_tokenizer, memory_needed
 RECIPES = sorted(name for name in os.listdir(os.path.join(ROOT, 'config'))
                  if name.endswith('.py') and name not in ('__init__.py', 'run.py'))
 REAL = [name for name in RECIPES if not name.startswith('demo')]
+DOCS = ['README.md'] + [f'assets/{name}' for name in os.listdir(f'{ROOT}/assets') if name.endswith('.md')]
 # part of a recipe's name -> its script; part of a checkpoint's name -> the public shape of the model
 SCRIPTS = {'_ppo': 'ppo', '_rcrl': 'rcrl', '_ei': 'ei', '_orm.': 'rewards', '_prm.': 'rewards'}
 
@@ -62,8 +63,9 @@ def test_recipes_load_into_their_scripts():
     assert sft_long['batch_size'] == sft['batch_size'] == ei['batch_size']
 
 def test_commands_name_files_that_exist():
-    for file in ['README.md', 'config/demo.sh'] + [f'config/{name}' for name in RECIPES]:
-        named = re.findall(r'(?:config|data|tests)/[\w/.]*\.(?:py|sh)|(?<=python )\w+\.py', read(file))
+    for file in DOCS + ['config/demo.sh'] + [f'config/{name}' for name in RECIPES]:
+        named = re.findall(r'(?:config|data|tests|assets)/[\w/.]*\.(?:py|sh)|assets/\w+\.md|(?<=python )\w+\.py',
+                           read(file))
         assert named and not [path for path in named if not os.path.exists(os.path.join(ROOT, path))], file
 
 @functools.cache
@@ -132,6 +134,8 @@ def test_headers_state_the_memory_and_the_disk_that_the_scripts_compute(name):
     text, (_, s) = read(f'config/{name}'), settings_of(name)
     for start, end, value in claims(name, text):
         assert text[start:end] == value, text[start - 20:end + 20]
+    numbers = re.search(r'Memory: (\S+) GiB on .* GPUs? of (\d+) GB\. Disk: (\S+) GiB, (\S+) GiB', text)
+    assert f'config/{name}` | {" | ".join(numbers.groups())} |' in read('assets/gpus.md')
     cache = r'# (\d+) \* \((\d+) of its own \+ (\d+) of the prompt\) \* ([\d.]+) MiB .* = ([\d.]+) GiB'
     for rows, own, prompt, mib, product in re.findall(cache, text):
         assert (int(rows), int(own)) == (s['max_rows'], s['max_new_tokens'])
@@ -195,9 +199,9 @@ def test_the_demos_chain_runs_tiny(script, tmp_path):
     for folder in runs:
         script('eval.py', f'--init_from={folder}', *task, f'--scorer={out}/orm', '--k=4')
     script('eval.py', f'--init_from={out}/rcrl', *task, '--condition=bad', '--k=0')
-    table = script('eval.py', '--compare', *runs).stdout
-    assert table.count('| 12 |') == 5 and table.count('of its different equation sequences') == 3
-    assert '| maj@1 | maj@4 | rerank@4 | weighted@4 | pass@4 |' in table
+    table = re.sub(' +', ' ', script('eval.py', '--compare', '--all', *runs).stdout)
+    assert '12 problems' in table and table.count(f'| {out}/') == 5 and 'known_solved |\n' in table
+    assert '| maj@1 | difference | p | maj@4 | rerank@4 | weighted@4 | pass@1 |' in table
     assert [row['samples_drawn'] for row in log_of(tmp_path / 'ei', 'samples_drawn')] == [60, 120]
     assert len(log_of(tmp_path / 'ei', 'val_maj1')) == 2
 

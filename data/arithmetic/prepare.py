@@ -28,19 +28,19 @@ from config import UserError, override
 
 # -----------------------------------------------------------------------------
 seed = 0                  # another seed, other problems
-n_train = 6256            # problems: the demo uses 500 solutions, 5,500 final answers, 256 validation rows
-n_test = 1000             # problems, the same for every n_train; train is the same for every n_base
+n_train = 2756            # problems: the demo uses 500 solutions, 2,000 final answers, 256 validation rows
+n_test = 2000             # problems, the same for every n_train; train is the same for every n_base
 min_steps = 2             # operations per solution, from 1 to 6
-max_steps = 4             # short problems are more frequent, see draw_steps
-max_number = 30           # largest number in questions and solutions; the smallest is 2
+max_steps = 3             # short problems are more frequent, see draw_steps
+max_number = 20           # largest number in questions and solutions; the smallest is 2
 ops = '+-*/'              # operations that a solution may use
 distractor = 0.1          # probability of a sentence with a number that isn't needed
 comparisons = 0.2         # share of problems that compare amounts; the others change one amount repeatedly
 reorder = 0.25            # probability that a step is any possible one, instead of the story's next
-n_base = 30000            # rows of base.jsonl
-base_facts = 0.2          # share of rows that are arithmetic facts, three a row
-base_one_step = 0.5       # share that are one-step problems with their solutions
-base_tales = 0.25         # share that are stories with running totals; the rest are bare questions
+n_base = 24256            # rows of base.jsonl
+base_facts = 0.1          # share of rows that are arithmetic facts, three a row
+base_one_step = 0.7       # share that are one-step problems with their solutions
+base_tales = 0.15         # share that are stories with running totals; the rest are bare questions
 out = ''                  # where the files go; '': beside this script
 # -----------------------------------------------------------------------------
 # Words. Slots: {P} the story's person, {S} the same or "He" where that is clear, {Q} and {R} other people;
