@@ -131,7 +131,7 @@ report() {
                awk '{printf "; validation maj@1 %.0f%%", 100 * $2}')
     fi
     say "finished  ${titles[$1]} ($((SECONDS - began[$1])) s$maj1)"
-    [ "${names[$1]}" != first ] || grep '^|' "$logs/first.txt"
+    [ "${names[$1]}" != first ] || sed -n '/^|/p' "$logs/first.txt"
 }
 alive() {
     local pid
@@ -189,7 +189,7 @@ while ! finished $last || [ "$running" -gt 0 ]; do
     [ "$estimated" ] || estimate
     sleep 0.2
 done
-grep -v '^settings' "$logs/$last.txt"
+sed '/^settings/d' "$logs/$last.txt"
 if [ $last = table ]; then
     picture=out/demo$suffix.png
     runs=$(printf "out/demo_%s$suffix " $runs)

@@ -181,7 +181,7 @@ def test_three_processes_do_what_one_does(work, coin, tmp_path):
     assert 'resumed with other settings' in run_all(1, [*commands(one), *resumed])[0]
     checkpointing = [*SFT, *shard, '--grad_checkpointing', '--micro_tokens=64']
     said = run_all(3, [*commands(three, *shard), command(coin, three / 'sft', *checkpointing)])
-    assert [text.count('| run |') for text in said] == [1, 0, 0]
+    assert [text.count('| run ') for text in said] == [1, 0, 0]
     assert_same_sft(work / 'one' / 'sft', three / 'sft')
     assert_same_ppo(one / 'separate', three / 'separate', 'value_loss', 'explained_variance')
     for file in ('ei/samples_round1.jsonl', 'ei/eval_task.jsonl', 'rcrl/samples.jsonl', 'rcrl/labels.jsonl',
