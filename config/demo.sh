@@ -189,7 +189,10 @@ while ! finished $last || [ "$running" -gt 0 ]; do
     [ "$estimated" ] || estimate
     sleep 0.2
 done
-sed '/^settings/d' "$logs/$last.txt"
+case $last in
+    eval_*) sed -n '/^|/p' "$logs/$last.txt" ;;
+    *) sed '/^settings/d' "$logs/$last.txt" ;;
+esac
 if [ $last = table ]; then
     picture=out/demo$suffix.png
     runs=$(printf "out/demo_%s$suffix " $runs)
