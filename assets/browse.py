@@ -3,8 +3,7 @@ What policies wrote, a question at a time and the runs side by side: the greedy 
 right and wrong samples, and the reward of each step in PPO's rollouts.
 
 Read are eval_<task>.jsonl of eval.py, where runs are matched by question, and the training samples of ei.py
-(its last round), rcrl.py and ppo.py (a question's last iteration). Files are left as they are, torn lines
-too, since a run may be writing them.
+(its last round), rcrl.py and ppo.py (a question's last iteration). Files that a run is writing can be read.
 
 $ python assets/browse.py out/demo_sft out/demo_ei                      # in the terminal, through the pager
 $ python assets/browse.py out/demo_sft out/demo_ppo --only=lost
@@ -151,8 +150,9 @@ def wrap(lines, width):
             for part in textwrap.wrap(line, width, subsequent_indent=' ' * 4, break_on_hyphens=False)]
 
 def in_terminal(folders, entries):
-    width = shutil.get_terminal_size((110, 24)).columns  # of a pipe: 110
-    each, lines = max(20, (width + 3) // len(folders) - 3), []
+    """The entries as text, a column a folder, as wide as the terminal."""
+    lines, width = [], shutil.get_terminal_size((110, 24)).columns  # of a pipe: 110
+    each = max(20, (width + 3) // len(folders) - 3)
     for i, e in enumerate(entries, 1):
         columns = []
         for folder, cell in zip(folders, e.cells):

@@ -55,17 +55,17 @@ train_or_resume() {
 evaluate() {                         # NAME NEEDS RUN [FLAG...]
     stage "$1" "$2" "evaluation of $3" "python eval.py --init_from=out/demo_$3$suffix ${*:4}"
 }
-jobs=$(getconf _NPROCESSORS_ONLN) launcher=python alone=''
+jobs=$(getconf _NPROCESSORS_ONLN) launcher=python shared=''
 if [ "$jobs" -gt 1 ]; then           # a stage without others beside it is shared by two processes
-    alone="launcher='torchrun --standalone --nproc_per_node=2'; "
+    shared="launcher='torchrun --standalone --nproc_per_node=2'; "
 fi
 few='--n_problems=300 --k=8 --max_new_tokens=110 --max_rows=1024 --overwrite'
 many='--k=16 --n_sampled=256 --max_new_tokens=110 --max_rows=1024 --overwrite'
 
 stage data '' 'word problems' 'python data/arithmetic/prepare.py'
-stage base data 'a base model from scratch' "$alone train_or_resume sft.py base --micro_tokens=512"
+stage base data 'a base model from scratch' "$shared train_or_resume sft.py base --micro_tokens=512"
 if [ $quick ]; then
-    stage sft base 'SFT on 500 worked solutions' "$alone train_or_resume sft.py sft --micro_tokens=1024"
+    stage sft base 'SFT on 500 worked solutions' "$shared train_or_resume sft.py sft --micro_tokens=1024"
 else
     train sft base 'SFT on 500 worked solutions' sft.py sft
 fi
@@ -75,7 +75,7 @@ stage first 'first_base first_sft' 'a first table' "python eval.py --compare $lo
 runs='sft sft_long ei_random ei ppo rcrl'
 if [ $quick ]; then
     stage quick sft 'one round of Expert Iteration' \
-        "$alone train_or_resume ei.py ei --n_rounds=1 --micro_tokens=1024"
+        "$shared train_or_resume ei.py ei --n_rounds=1 --micro_tokens=1024"
     evaluate quick_ei quick ei $few "--out_dir=$logs/ei"
     stage quick_table 'first quick_ei' 'the table' "python eval.py --compare $logs/sft $logs/ei"
 else

@@ -55,7 +55,7 @@ def first_rows(problems, n, name):
     return problems[:n or None]
 
 def validation_rows(task, few_shot, n):
-    """-> (worked examples to show before every question, n problems to validate on), of the validation slice."""
+    """-> (worked examples to show before a question, n problems to validate on), of the validation slice."""
     problems = load_problems(task, 'val')
     if not 0 <= few_shot < len(problems):
         raise UserError(f'few_shot is from 0 to {len(problems) - 1}, for examples of the validation slice')
