@@ -157,8 +157,9 @@ def load_tokenizer(path, conditioned=True):
         if read_run(path):
             raise UserError(f'{path}: the run has no checkpoint yet')
         folder = path if os.path.isdir(path) or path == 'gpt2' else download(path)
-    files = [os.path.join(folder, f'{name}.json') for name in ('labels', 'generation_config', 'config')]
-    labels, generation, config = (read_json(file) if os.path.exists(file) else {} for file in files)
+    names = ('labels', 'generation_config', 'config', 'tokenizer_config')
+    files = [os.path.join(folder, f'{name}.json') for name in names]
+    labels, generation, config, kept = (read_json(file) if os.path.exists(file) else {} for file in files)
     if labels and not conditioned:
         raise UserError(f'{path} is a return-conditioned policy (rcrl.py), for eval.py and sample.py only')
     named = [file.get('eos_token_id') for file in (generation, config)]  # each a list, a number or nothing
@@ -169,8 +170,10 @@ def load_tokenizer(path, conditioned=True):
             ranks = encoding._mergeable_ranks
             tok = bpe_tokenizer(sorted(ranks, key=ranks.get), encoding._pat_str)
         else:
-            from transformers import AutoTokenizer
-            tok = Tokenizer(AutoTokenizer.from_pretrained(folder), ends)
+            from transformers import PreTrainedTokenizerFast as Kind
+            if kept.get('tokenizer_class') != Kind.__name__:
+                from transformers import AutoTokenizer as Kind  # only here, as it takes a second more
+            tok = Tokenizer(Kind.from_pretrained(folder), ends)
     except Exception as error:  # of many types: offline, no such name, a broken file
         raise UserError(f'{path}: no tokenizer could be loaded ({first_line(error)})') from None
     n_rows = config.get('vocab_size', tok.vocab_size)

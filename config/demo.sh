@@ -60,7 +60,7 @@ if [ "$jobs" -gt 1 ]; then           # a stage without others beside it is share
     shared="launcher='torchrun --standalone --nproc_per_node=2'; "
 fi
 few='--n_problems=300 --k=8 --max_new_tokens=110 --max_rows=1024 --overwrite'
-many='--k=16 --n_sampled=256 --max_new_tokens=110 --max_rows=1024 --overwrite'
+many='--k=16 --n_sampled=200 --max_new_tokens=110 --max_rows=1024 --overwrite'
 
 stage data '' 'word problems' 'python data/arithmetic/prepare.py'
 stage base data 'a base model from scratch' "$shared train_or_resume sft.py base --micro_tokens=512"

@@ -9,7 +9,7 @@ n_rounds = 2
 k = 4                       # 2,500 * 4 * 2 = 20,000 samples
 max_new_tokens = 110
 max_rows = 1024             # a small model decodes many rows at a time
-max_steps = 250             # a round: with the 150 of demo_sft, 650 in all, as many as demo_sft_long takes
+max_steps = 200             # a round: with the 150 of demo_sft, 550 in all, as many as demo_sft_long takes
 batch_size = 16
 micro_tokens = 2048
 lr = 1e-3
