@@ -5,7 +5,6 @@ Under torchrun every process runs the same script in lockstep, with the same que
 They share what is expensive: drawing samples and passing batches through models.
 """
 import atexit
-import ctypes
 import hashlib
 import importlib.util
 import json
@@ -147,7 +146,6 @@ def setup(device='auto', dtype='auto', seed=0):
         torch.set_float32_matmul_precision('high')  # TF32 for what stays fp32 beside bf16
     elif device.type == 'cpu':
         fast_cpu_matmul()
-        keep_freed_memory()
     return device, getattr(torch, dtype)
 
 def fast_cpu_matmul():
@@ -161,14 +159,6 @@ def fast_cpu_matmul():
     error = (F.linear(a, b) - F.linear(a.double(), b.double())).abs().max()
     if error > 1e-3:  # true fp32 is off by 3e-5 here, bf16 by 0.2
         matmul.fp32_precision = before
-
-def keep_freed_memory():
-    """Makes glibc keep freed blocks. It returns those above 32 MB and zeroes each new one page by page, which
-    for GPT-2's logits takes longer than their softmax."""
-    if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-        libc.mallopt(M_MMAP_MAX, 0)         # all blocks come from the heap,
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
 
 @contextmanager
 def enough_memory(doing, advice):
