@@ -60,7 +60,7 @@ if [ "$jobs" -gt 1 ]; then           # a stage without others beside it is share
     shared="launcher='torchrun --standalone --nproc_per_node=2'; "
 fi
 few='--n_problems=200 --k=8 --max_new_tokens=110 --max_rows=1024 --overwrite'
-many='--k=16 --n_sampled=200 --max_new_tokens=110 --max_rows=1024 --overwrite'
+many='--k=16 --n_sampled=256 --max_new_tokens=110 --max_rows=1024 --overwrite'
 
 stage data '' 'word problems' 'python data/arithmetic/prepare.py'
 stage base data 'a base model from scratch' "$shared train_or_resume sft.py base --micro_tokens=512"
@@ -163,7 +163,7 @@ estimate() {                         # from the base model's first updates: all 
 # of the stages whose needs are met the first ones run, one a core
 
 running=0 estimated=''
-alone=2400 beside=9000               # work until SFT is there, and after it, in updates of the base model
+alone=2500 beside=11500              # work until SFT is there, and after it, in updates of the base model
 trap 'ask TERM' EXIT
 trap 'echo; say "stops when each stage has saved where it is (Ctrl-C again: at once)"; stop 130' INT TERM HUP
 ! finished base || estimated=yes
