@@ -40,6 +40,8 @@ include_sft = True        # whether D_0 holds them, or is empty
 init_from = 'out/sft'     # the policy that draws the first round's samples, or 'resume'
 base = ''                 # the pretrained checkpoint that reset = 'base' starts from
 reset = 'base'            # 'base' | 'previous'; what a round fine-tunes: the base (paper) or the last policy
+prompt_form = 'auto'      # 'auto' | 'plain' | 'chat'; 'auto': as the checkpoint learned, else plain
+system = ''               # first message of chat prompts; '': the checkpoint's, or the template's own
 few_shot = 0              # worked examples before a question in round 1; for a base model, 2 (paper)
 # exploration
 n_rounds = 2              # paper: 2 after SFT (as recalled), 4 to 5 without (at least 1)
@@ -159,7 +161,7 @@ if __name__ == '__main__':
     questions = first_rows(problems, n_questions, 'n_questions')
     worked = first_rows(problems, n_worked, 'n_worked') if include_sft else []
     shown, val_problems = validation_rows(task, few_shot, eval_problems)
-    tok = load_tokenizer(policy_from, conditioned=False)
+    tok = load_tokenizer(policy_from, conditioned=False).in_form(prompt_form, system)
     policy, scorer = Transformer.from_pretrained(policy_from, device, dtype), None
     context, learner = policy.config.block_size, policy.config  # learner: the shape of what is fine-tuned
     if reset == 'base':

@@ -34,8 +34,8 @@ import torch
 from config import UserError, override
 from config.run import (asked_to_stop, bar, from_all, from_main, iterate_rows, leave, listen_for_stop, rank,
                         read_json, read_rows, setup, world_size, write_json, write_rows)
-from data import (GOES_ON, NEXT_QUESTION, Problem, answered, completion, equations, extract_answer,
-                  lenient_answer, load_problems, prompt, same_answer)
+from data import (GOES_ON, NEXT_QUESTION, Problem, answered, equations, extract_answer, lenient_answer,
+                  load_problems, same_answer)
 from model import Transformer, autocast, find_checkpoint
 from sample import (Example, Sampler, check_same_tokenizer, collate, draw_samples, first_numbers,
                     load_tokenizer, my_micro_batches, refuse_too_long, response_tables, values_at)
@@ -51,6 +51,8 @@ temperature = 0.7     # of the K samples; paper: 0.7 (as recalled) (at least 0)
 top_k = 0             # 0: all (at least 0)
 top_p = 1.0           # 1: all (above 0, at most 1)
 scorer = ''           # a reward model (rewards.py): adds rerank@K and weighted@K
+prompt_form = 'auto'  # 'auto' | 'plain' | 'chat'; 'auto': as the checkpoint learned, else plain
+system = ''           # first message of chat prompts; '': the checkpoint's, or the template's own
 few_shot = 0          # worked examples in the prompt, from the validation slice; a base model: 2 (at least 0)
 condition = 'good'    # 'good' | 'bad' | 'none'; what a return-conditioned policy (rcrl.py) is told
 max_new_tokens = 256  # budget of a solution, labels of a return-conditioned policy included (at least 1)
@@ -121,15 +123,18 @@ def judge(problem, sample, tokenizer, prefix='', stop=()):
                     sample.logprobs, prefix, tokenizer)
 
 def encode_prompts(problems, tokenizer, shown=()):
-    return [tokenizer.encode_prompt(prompt(p.question, shown)) for p in problems]
+    return [tokenizer.encode_question(p.question, shown)[0] for p in problems]
 
-def draw_solutions(sampler, problems, k, max_new_tokens, temperature, shown=(), prompts=None, **arguments):
+def draw_solutions(sampler, problems, k, max_new_tokens, temperature, shown=(), prompts=None, prefixes=None,
+                   **arguments):
     """k judged samples of each problem, problem after problem. shown: worked examples before each question.
-    prompts: encode_prompts, where that is done. Further arguments as in Sampler.generate."""
+    prompts: encode_prompts, where that is done. prefixes: of the solutions, at the prompts' ends. Further
+    arguments as in Sampler.generate."""
     prompts = prompts or encode_prompts(problems, sampler.tokenizer, shown)
-    stop = (NEXT_QUESTION,) if shown else ()
+    stop = (NEXT_QUESTION,) if shown and sampler.tokenizer.form == 'plain' else ()
     samples = draw_samples(sampler, prompts, k, max_new_tokens, temperature, stop=stop, **arguments)
-    return [judge(problems[i // k], s, sampler.tokenizer, stop=stop) for i, s in enumerate(samples)]
+    return [judge(problems[i // k], s, sampler.tokenizer, prefixes[i // k] if prefixes else '', stop)
+            for i, s in enumerate(samples)]
 
 def greedy_accuracy(sampler, problems, max_new_tokens, shown=()):
     """(maj@1, its standard error): the share of problems whose greedy solution is right. UserError where no
@@ -142,8 +147,8 @@ def greedy_accuracy(sampler, problems, max_new_tokens, shown=()):
 def without_examples(solution):
     """What a base model wrote after worked examples, as a solution to learn from or to score: without them,
     up to the line with the answer, and with an EOS."""
-    tokenizer, text = solution.tokenizer, completion(answered(solution.text).strip())
-    prompt_ids, ids = tokenizer.encode_pair(prompt(solution.problem.question), text)
+    tokenizer, text = solution.tokenizer, answered(solution.text).strip()
+    prompt_ids, ids = tokenizer.encode_question(solution.problem.question, solution=text)
     return replace(solution, prompt_ids=prompt_ids, ids=ids + [tokenizer.eos])
 
 def resumable(path, n, chunk, work, desc, resume='--init_from=resume'):
@@ -194,7 +199,7 @@ def solutions_of(path, problems, tokenizer):
             return
         if (row.get('index'), row.get('question')) != (i, p.question):  # an earlier commit's has no index
             raise UserError(f'{path} holds samples of other questions; start with --overwrite')
-        prompt_ids = tokenizer.encode_prompt(prompt(p.question))
+        prompt_ids, _ = tokenizer.encode_question(p.question)
         yield [Solution(p, prompt_ids, tokenizer=tokenizer, **sample) for sample in row['samples']]
 
 
@@ -504,7 +509,7 @@ if __name__ == '__main__':
     start = len(shown) if split == 'val' else 0
     problems = load_problems(task, split)[start:][:n_problems or None]
     folder = find_checkpoint(init_from)
-    tok = load_tokenizer(folder)
+    tok = load_tokenizer(folder).in_form(prompt_form, system)
     if tok.labels and few_shot:
         raise UserError('a return-conditioned policy learned to answer: it takes no few_shot examples')
     if not tok.labels and condition != 'good':
@@ -524,7 +529,7 @@ if __name__ == '__main__':
     name = f'eval_{task_name}' + (f'_{condition}' if condition in ('bad', 'none') else '')
     summary_file, records_file = (os.path.join(out_dir, name + ending) for ending in ('.json', '.jsonl'))
     keys = ('init_from task split n_problems k n_sampled temperature top_k top_p scorer few_shot '
-            'max_new_tokens seed')
+            'prompt_form system max_new_tokens seed')
     asked = {key: settings[key] for key in keys.split()}
     for key, path in (('weights', folder), ('scorer_weights', scorer)):  # a model may be trained anew
         if path:

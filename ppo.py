@@ -31,14 +31,13 @@ import torch
 from config import UserError, override
 from config.run import (Checkpoints, asked_to_stop, bar, enough_memory, from_all, from_main, leave, origin,
                         rank, read_rows, setup, start_run, sum_over_processes, write_rows)
-from data import (NEXT_QUESTION, completion, first_rows, load_problems, prompt, random_prefix,
-                  validation_rows, without_equation)
-from eval import (check_context, diagnose, draw_solutions, encode_prompts, greedy_accuracy, judge,
-                  load_reward_model, print_diagnosis, sampler_gap, score as prefix_scores, unique_equations)
+from data import first_rows, load_problems, random_prefix, validation_rows, without_equation
+from eval import (check_context, diagnose, draw_solutions, encode_prompts, greedy_accuracy, load_reward_model,
+                  print_diagnosis, sampler_gap, score as prefix_scores, unique_equations)
 from model import Transformer, autocast, backward, finish_gradients, learning_rate, make_optimizer
 from rewards import dense_rewards, orm_rewards, prm_rewards, score_quantile, sparse_rewards
-from sample import (Sampler, check_room, check_same_tokenizer, disk_needed, draw_samples, load_tokenizer,
-                    memory_needed, my_micro_batches, response_logprobs, response_tables)
+from sample import (Sampler, check_room, check_same_tokenizer, disk_needed, load_tokenizer, memory_needed,
+                    my_micro_batches, response_logprobs, response_tables)
 from sft import compiles, load_learner
 
 # -----------------------------------------------------------------------------
@@ -48,6 +47,8 @@ task = 'arithmetic'       # data/<task>/, or a folder with train.jsonl and test.
 n_questions = 0           # first rows of train to practise on; 0: all
 # policy
 init_from = 'out/sft'     # the policy to improve, or 'resume'
+prompt_form = 'auto'      # 'auto' | 'plain' | 'chat'; 'auto': as the checkpoint learned, else plain
+system = ''               # first message of chat prompts; '': the checkpoint's, or the template's own
 few_shot = 0              # worked examples before a question; for a base model, 2
 ref = ''                  # the KL penalty's reference; '': init_from
 # rollouts
@@ -244,20 +245,11 @@ def pick_prompts(problems, state, iteration, shown, tok, room, rng):
         picked += generator.choice(len(problems), n_again, replace=False, p=p).tolist()
     share = backtrack * max(0.0, 1 - (iteration - 1) / max(1.0, backtrack_until * n_iterations))
     for q in picked:
-        text = prompt(problems[q].question, shown)
         prefix = random_prefix(problems[q], rng) if rng.random() < share else ''
-        ids = sum(tok.encode_pair(text, completion(prefix)), [])
-        fits = prefix and len(ids) <= room
-        starts.append((q, ids, prefix) if fits else (q, tok.encode_prompt(text), ''))
+        ids, given = tok.encode_question(problems[q].question, shown, prefix)
+        fits = prefix and len(ids + given) <= room
+        starts.append((q, ids + given, prefix) if fits else (q, ids, ''))
     return zip(*starts)
-
-def rollout(sampler, problems, prompts, prefixes, iteration):
-    """n_per_question solutions of each prompt, judged; by temperature only (no top-k, no top-p)."""
-    stop = (NEXT_QUESTION,) if few_shot else ()
-    samples = draw_samples(sampler, prompts, n_per_question, max_new_tokens, temperature, stop=stop,
-                           seed=seed * 1_000_000 + iteration, desc=f'iteration {iteration}: rollouts')
-    each = [start for start in zip(problems, prefixes) for _ in range(n_per_question)]
-    return [judge(problem, s, sampler.tokenizer, prefix, stop) for (problem, prefix), s in zip(each, samples)]
 
 def score(solutions, scorer, eta):
     """The task's rewards, {name: (B, T), weighted}: summed, and logged one by one."""
@@ -489,7 +481,7 @@ if __name__ == '__main__':
     check_settings()
     problems = first_rows(load_problems(task, 'train'), n_questions, 'n_questions')
     shown, val_problems = validation_rows(task, few_shot, eval_problems)
-    tok = load_tokenizer(policy_from, conditioned=False)
+    tok = load_tokenizer(policy_from, conditioned=False).in_form(prompt_form, system)
     policy, value_model, reference, scorer = load_models(policy_from, settings, tok)
     models = {'policy': policy, 'critic': value_model, 'reference': reference, 'scorer': scorer}
     models = {name: m for name, m in models.items() if name == 'policy' or m not in (None, policy)}
@@ -548,8 +540,10 @@ if __name__ == '__main__':
         started, rng = time.time(), random.Random(f'{seed}:iteration {iteration}')
         # 1. questions, and where their solutions start
         picked, prompts, prefixes = pick_prompts(problems, state, iteration, shown, tok, room, rng)
-        # 2. rollouts
-        solutions = rollout(sampler(), [problems[q] for q in picked], prompts, prefixes, iteration)
+        # 2. rollouts, judged; by temperature only (no top-k, no top-p)
+        solutions = draw_solutions(
+            sampler(), [problems[q] for q in picked], n_per_question, max_new_tokens, temperature, shown,
+            prompts, prefixes, seed=seed * 1_000_000 + iteration, desc=f'iteration {iteration}: rollouts')
         rollout_seconds = time.time() - started
         # 3. rewards on tokens, by name
         rewards = score(solutions, scorer, state['eta'])

@@ -39,6 +39,7 @@ include_sft = True        # whether these join the solutions to learn from, all 
 # policy
 init_from = 'out/ei'      # the policy whose solutions are labelled, or 'resume'
 base = ''                 # the pretrained checkpoint that fine-tuning starts from
+prompt_form = 'auto'      # 'auto' | 'plain' | 'chat'; 'auto': as the checkpoint learned, else plain
 # samples and labels
 k = 4                     # solutions a question (at least 1)
 temperature = 1.0         # of the solutions, and of the rollouts that judge their steps (above 0)
@@ -186,6 +187,7 @@ if __name__ == '__main__':
     if not include_sft:
         worked = []
     tok, base_tok = (load_tokenizer(path, conditioned=False) for path in (policy_from, base))
+    tok.in_form(prompt_form)
     base_tok.add_labels(granularity, label_tokens == 'new')  # can they be added? Not after hours of sampling
     learner, n_label = base_config(base, tok, policy_from), len(base_tok.labels.good)
     policy = Transformer.from_pretrained(policy_from, device, dtype).requires_grad_(False)

@@ -39,6 +39,7 @@ task = 'arithmetic'       # data/<task>/, or a folder with train.jsonl and test.
 kind = ''                 # '' | 'orm' | 'prm'; '': only count the task's problems
 init_from = 'out/sft'     # the policy whose solutions are judged, or 'resume'
 base = ''                 # the weights that the reward model starts from; '': the policy's
+prompt_form = 'auto'      # 'auto' | 'plain' | 'chat'; 'auto': as the checkpoint learned, else plain
 # samples and labels
 n_questions = 0           # rows of train to sample, the first ones; 0: all
 k = 8                     # solutions a question (at least 1)
@@ -279,7 +280,7 @@ if __name__ == '__main__':
     resume, policy_from = origin(init_from, out_dir, 'best')
     problems = first_rows(load_problems(task, 'train'), n_questions, 'n_questions')
     val_problems = load_problems(task, 'val')[:heldout]
-    tok = load_tokenizer(policy_from, conditioned=False)
+    tok = load_tokenizer(policy_from, conditioned=False).in_form(prompt_form)
     policy = Transformer.from_pretrained(policy_from, device, dtype).requires_grad_(False)
     sampler = Sampler(policy, tok, max_rows, dtype)
     learner = base_config(base, tok, policy_from) if base else policy.config  # the reward model's shape

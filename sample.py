@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 from collections import Counter
 from functools import cached_property, partial
@@ -30,14 +31,16 @@ from torch.utils.checkpoint import checkpoint
 import data
 from config import UserError, override
 from config.run import (bar, enough_memory, first_line, from_all, rank, read_json, read_run, setup,
-                        sum_over_processes, world_size)
+                        sum_over_processes, world_size, write_json)
 from model import LoRALinear, Transformer, attend, autocast, download, find_checkpoint
 
 # -----------------------------------------------------------------------------
 # settings, for running this file as a script
 init_from = ''        # a checkpoint: a run's folder, a Hugging Face folder or a hub name
 start = ''            # the question (with --raw the text to continue); '': read from stdin, one a line
-raw = False           # without "Question: ... Answer:" around it
+raw = False           # without "Question: ... Answer:" or a chat template around it
+prompt_form = 'auto'  # 'auto' | 'plain' | 'chat'; 'auto': as the checkpoint learned, else plain
+system = ''           # first message of chat prompts; '': the checkpoint's, or the template's own
 k = 1                 # samples of each prompt (at least 1)
 max_new_tokens = 256  # of a sample, or what the context leaves (at least 1)
 temperature = 0.7     # 0: greedy (at least 0)
@@ -52,6 +55,7 @@ dtype = 'auto'        # 'auto' | 'float32' | 'bfloat16': of the matrix products
 # tokenizers
 
 LABELS, EOS = ['[GOOD]', '[BAD]'], '<|endoftext|>'
+MESSAGE = '\ue000'  # where a message stands in a rendered chat template
 # Digits one by one, words with the space before them, runs of signs: '<<12+3=15>>' is << 1 2 + 3 = 1 5 >>.
 PATTERN = r"""\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"""
 # GPT-2's printable character of each byte: itself where it can be seen, else the next one from 256 on.
@@ -68,7 +72,8 @@ class Labels(NamedTuple):
 class Tokenizer:
     """A fast tokenizer of transformers. bos: ids before a text; eos: the id that training appends; ends: ids
     that end a sample; vocab_size: the largest id that is drawn, + 1."""
-    labels = None  # of a policy of rcrl.py
+    labels = None                                    # of a policy of rcrl.py
+    form, system, learned_form = 'plain', '', False  # see in_form; learned: a checkpoint was trained so
 
     def __init__(self, hf, ends=()):
         """ends: the model's end tokens, of which the first serves where the tokenizer has none."""
@@ -101,6 +106,44 @@ class Tokenizer:
         whole, head = self.encode_prompt(prompt + completion), self.encode_prompt(prompt)
         return head, whole[len(head):] if whole[:len(head)] == head else self.encode(completion)
 
+    def in_form(self, form='auto', system=''):
+        """Sets what its prompts look like, and returns itself. form: 'plain', data.prompt; 'chat', the chat
+        template, whose last token becomes the eos; 'auto': the checkpoint's. system: a chat's first message;
+        '': the checkpoint's, or the template's own. UserError for another form than a checkpoint learned."""
+        asked = self.form if form == 'auto' else form, system or self.system
+        if self.learned_form and asked != (self.form, self.system) or asked[0] == 'plain' and asked[1]:
+            raise UserError(f'{self.hf.name_or_path} has prompt_form {self.form, self.system}, not {asked}')
+        self.form, self.system = asked
+        if self.form == 'chat':
+            try:
+                *_, self.eos, after = self.chat_parts(['', ''])
+                assert not after.strip(), 'it ends a turn without a token'
+            except Exception as error:  # of many types: no template, one that takes no system message, ...
+                raise UserError(f"prompt_form = 'chat' needs a chat template: {first_line(error)}") from None
+            self.ends = sorted({*self.ends, self.eos})
+        return self
+
+    def chat_parts(self, turns):
+        """A chat, user first, as texts and the ids of control tokens between them: messages hold none."""
+        texts = [self.system] * (self.system != '') + turns
+        roles = ['system'] * (self.system != '') + ['user', 'assistant'] * len(turns)
+        rendered = self.hf.apply_chat_template(
+            [{'role': role, 'content': MESSAGE} for role, _ in zip(roles, texts)], tokenize=False,
+            add_generation_prompt=len(turns) % 2 == 1, date_string='26 Jul 2024')  # Llama 3.2 says today's
+        assert rendered.count(MESSAGE) == len(texts), 'it leaves a message out'
+        ids, left = {token.content: i for i, token in self.hf.added_tokens_decoder.items()}, iter(texts)
+        tokens = '|'.join(map(re.escape, sorted(ids, key=len, reverse=True)))
+        return [ids[part] if part in ids else re.sub(MESSAGE, lambda _: next(left), part)
+                for part in re.split(f'({tokens})', rendered)]
+
+    def encode_question(self, question, shown=(), solution=''):
+        """(prompt ids, ids of the solution or its beginning). shown: worked Problems, a chat's turns."""
+        if self.form == 'plain':
+            return self.encode_pair(data.prompt(question, shown), data.completion(solution))
+        parts = self.chat_parts([*itertools.chain(*((p.question, p.solution) for p in shown)), question])
+        ids = [[part] if isinstance(part, int) else self.encode(part) for part in parts]
+        return [*itertools.chain(*ids)], self.encode(solution)
+
     @cached_property
     def newline_ids(self):
         """The tokens that hold a line break."""
@@ -113,7 +156,8 @@ class Tokenizer:
         self.labels = Labels(good, bad, granularity, new)
 
     def save(self, folder):
-        """For AutoTokenizer, and labels.json."""
+        """For AutoTokenizer, and prompt.json and labels.json."""
+        write_json(os.path.join(folder, 'prompt.json'), {'form': self.form, 'system': self.system})
         hf = copy.deepcopy(self.hf)
         if self.labels:
             hf.add_tokens(LABELS if self.labels.new else [], special_tokens=True)
@@ -157,9 +201,9 @@ def load_tokenizer(path, conditioned=True):
         if read_run(path):
             raise UserError(f'{path}: the run has no checkpoint yet')
         folder = path if os.path.isdir(path) or path == 'gpt2' else download(path)
-    names = ('labels', 'generation_config', 'config', 'tokenizer_config')
+    names = ('labels', 'prompt', 'generation_config', 'config', 'tokenizer_config')
     files = [os.path.join(folder, f'{name}.json') for name in names]
-    labels, generation, config, kept = (read_json(file) if os.path.exists(file) else {} for file in files)
+    labels, said, generation, config, kept = (read_json(f) if os.path.exists(f) else {} for f in files)
     if labels and not conditioned:
         raise UserError(f'{path} is a return-conditioned policy (rcrl.py), for eval.py and sample.py only')
     named = [file.get('eos_token_id') for file in (generation, config)]  # each a list, a number or nothing
@@ -182,14 +226,16 @@ def load_tokenizer(path, conditioned=True):
         raise UserError(f'{path}: token {largest} of the tokenizer is outside the embedding of {n_rows} rows')
     # Ids outside of the embedding, as a config's default end token may be, are never drawn.
     tok.ends = sorted({tok.eos} | {i for i in ends if 0 <= i < n_rows})
+    tok.in_form(**said).learned_form = bool(said)
     tok.labels = Labels(**labels) if labels else None
     tok.vocab_size = tok.labels.good[0] if labels and tok.labels.new else min(tok.vocab_size, n_rows)
     return tok
 
 def check_same_tokenizer(a, b, whose):
-    """UserError if they make different ids. whose: for the message, the two that they belong to."""
+    """UserError if they make different ids, a in b's form. whose: whose they are."""
     probe = 'Question: Tom has 3.5 apples, Ann 1,200. Why?\nAnswer: 3.5+1200=<<3.5+1200=1203.5>>\n#### 1203.5'
-    if (a.encode_prompt(probe), a.eos, a.vocab_size) != (b.encode_prompt(probe), b.eos, b.vocab_size):
+    a.in_form(b.form, b.system)
+    if (a.encode_question(probe), a.eos, a.vocab_size) != (b.encode_question(probe), b.eos, b.vocab_size):
         raise UserError(f'{whose} have different tokenizers')
 
 
@@ -781,11 +827,12 @@ if __name__ == '__main__':
     device, dtype = setup(device, dtype, seed)
     folder = find_checkpoint(init_from)
     model, tok = Transformer.from_pretrained(folder, device, dtype), load_tokenizer(folder)
+    tok.in_form(prompt_form, system)
     sampler = Sampler(model, tok, dtype=dtype, condition=condition)
     if not start and sys.stdin.isatty():
         print('a question a line; Ctrl-D ends')
     for text in [start] if start else filter(None, map(str.strip, sys.stdin)):
-        prompt = tok.encode_prompt(text if raw else data.prompt(text))
+        prompt = tok.encode_prompt(text) if raw else tok.encode_question(text)[0]
         room = model.config.block_size - len(prompt) - len(sampler.label)
         budget = min(max_new_tokens, max(1, room))
         for sample in sampler.generate([prompt], k, budget, temperature, top_k, top_p, stop, seed):

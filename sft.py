@@ -37,6 +37,8 @@ text_file = ''            # instead: a file of {"text": ...} rows (data/arithmet
 texts_per_row = 1         # of text_file, joined by blank lines (at least 1)
 # model
 init_from = 'scratch'     # 'scratch', 'resume', or a run's folder, a Hugging Face folder, a hub name
+prompt_form = 'auto'      # 'auto' | 'plain' | 'chat'; 'auto': as the checkpoint learned, else plain
+system = ''               # first message of chat prompts; '': the checkpoint's, or the template's own
 tokenizer = 'bpe'         # of a scratch model: 'bpe' (learned here), 'gpt2', a folder or a hub name
 n_merges = 500            # size of the learned BPE beyond its 256 bytes (at least 0)
 family = 'llama'          # 'llama' | 'gpt2'; of a scratch model
@@ -81,7 +83,7 @@ def solution_examples(problems, tokenizer):
     """Question -> worked solution and EOS."""
     examples = []
     for p in problems:
-        prompt_ids, ids = tokenizer.encode_pair(prompt(p.question), completion(p.solution))
+        prompt_ids, ids = tokenizer.encode_question(p.question, solution=p.solution)
         examples.append(Example(prompt_ids + ids + [tokenizer.eos], len(prompt_ids)))
     return examples
 
@@ -257,6 +259,7 @@ if __name__ == '__main__':
         tok = learn_bpe(texts, n_merges)
     else:
         tok = load_tokenizer(tokenizer if init_from == 'scratch' else init_from, conditioned=False)
+    tok.in_form(prompt_form, system)
 
     # 2. model
     if init_from == 'scratch':
