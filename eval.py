@@ -1,7 +1,7 @@
 """
 How good is a policy, and how far does it explore? The paper's measures (Havrilla et al. 2024, section 3):
 
-maj@1       the greedy solution is right
+maj@1       the greedy solution is right     (lenient_maj@1: or, where it has no answer, its last number is)
 maj@K       a plain vote over K samples at temperature 0.7 is right
 rerank@K    the sample that a reward model scores highest is right    (with --scorer)
 weighted@K  a vote in which a sample counts by its score is right     (with --scorer)
@@ -96,6 +96,12 @@ class Solution:
     @property
     def example(self):
         return Example(self.prompt_ids + self.ids, len(self.prompt_ids))
+
+    @property
+    def lenient(self):
+        """Whether it is right, or has no answer and its last number is right."""
+        answer = lenient_answer(self.prefix + self.text, self.problem.task)
+        return self.finished and same_answer(answer, self.problem.answer, self.problem.task)
 
     def row(self, **more):
         """Its part of a line on disk."""
@@ -220,9 +226,8 @@ def diagnose(solutions, k, max_new_tokens, questions, maj1=None, gap=None):
     verdict, 'healthy: ...' or 'warning: ...'. maj1: of greedy solutions; gap: of sampler_gap, if known."""
     n, done = len(solutions), [s for s in solutions if s.finished]
     right = [sum(s.correct for s in solutions[i:i + k]) for i in range(0, n, k)]
-    read = [(lenient_answer(s.prefix + s.text, s.problem.task), s.problem) for s in done]
     correct, cut, formless = sum(right) / n, 1 - len(done) / n, sum(s.answer is None for s in done) / n
-    lenient = sum(same_answer(answer, p.answer, p.task) for answer, p in read) / n
+    lenient = sum(s.lenient for s in solutions) / n
     went_on = sum(not s.finished and GOES_ON.search(s.text) is not None for s in solutions) / n
     unsolved, mastered = right.count(0) / len(right), right.count(k) / len(right)
     tied, solved, (mean, largest, most) = unsolved + mastered, 1 - unsolved, gap or (0, 0, 0.001)
@@ -367,6 +372,7 @@ def summarize(rows):
             values[f'pass@{k}'] = [pass_at_k(K, sum(c), k) for c in correct]
         values['unsolved'] = [float(not any(c)) for c in correct]
         values['unique_equations'] = [unique_equations(s['text'] for s in group) for group in groups]
+    values['lenient_maj@1'] = [float(r['greedy']['lenient']) for r in rows]
     every = groups if K else [[r['greedy']] for r in rows]
     values['tokens'] = [np.mean([s['tokens'] for s in group]) for group in every]
     values['truncated'] = [np.mean([not s['finished'] for s in group]) for group in every]
@@ -486,7 +492,7 @@ def evaluated(sampler, reward_model, problems, prompts, first, n, shown, start):
         for row, answer in zip(mine, first_spellings([row['answer'] for row in mine], p.task)):
             row['answer'] = answer
         yield {'index': start + i, 'question': p.question, 'answer': p.answer,
-               'greedy': s.row(tokens=len(s.ids)), 'samples': mine}
+               'greedy': s.row(tokens=len(s.ids), lenient=s.lenient), 'samples': mine}
 
 
 if __name__ == '__main__':

@@ -29,7 +29,7 @@ def solution(text, **arguments):
 
 def row(text, **more):
     s = solution(text)
-    return s.row(tokens=len(s.ids), **more)
+    return s.row(tokens=len(s.ids), lenient=s.lenient, **more)
 
 def test_pass_at_k():
     for n in range(1, 8):
@@ -71,6 +71,10 @@ def test_summary_by_hand():
     metrics = summarize([problem(18, 18, 18, 3, 4), problem(3, 3, 3, 18, 18), problem(18, 'x', 'x', 'x', 18),
                          problem('x', 1, 2, 3, 4)])
     assert metrics['maj@1'] == (0.5, pytest.approx(0.5 / 3 ** 0.5))  # sqrt(p (1 - p) / (n - 1))
+    assert metrics['lenient_maj@1'] == metrics['maj@1']  # here an answer is what follows ####
+    told = [{'greedy': row(text), 'samples': []} for text in (
+        '#### 18', 'so 17, then 18.', '17 ... 18 ...', 'it is 18, or 17', '#### 17, 18')]
+    assert summarize(told)['lenient_maj@1'][0] == 2 / 5 and summarize(told)['maj@1'][0] == 1 / 5
     assert metrics['pass@1'][0] == pytest.approx((2 + 2 + 1 + 0) / 16)
     assert metrics['pass@2'][0] == pytest.approx((5 / 6 + 5 / 6 + 1 / 2 + 0) / 4)
     # reranked, the last sample of each; weighted, 18 has 0 + 1 of 6, 2 + 3 of 6, is the only answer, is none
@@ -79,7 +83,7 @@ def test_summary_by_hand():
     assert {name: metrics[name][0] for name in expected} == expected
     metrics = summarize([problem(18, 18, '3...')])
     assert metrics['truncated'] == (0.5, None) and metrics['tokens'][0] == (18 + 17) / 2
-    assert set(summarize([problem(18), problem(3)])) == {'maj@1', 'tokens', 'truncated'}
+    assert set(summarize([problem(18), problem(3)])) == {'maj@1', 'lenient_maj@1', 'tokens', 'truncated'}
 
 def test_what_another_run_had_found():
     texts = ['<<1+2=3>>3', 'so <<1+2=3>> 3', '<<2+1=3>>3', '<<1+2=3>> then <<3*2=6>>']

@@ -33,8 +33,8 @@ def test_what_is_drawn_is_what_the_runs_say(script, tmp_path, monkeypatch):
         (run / 'log.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in log) + unfinished)
     for name, answers in ANSWERS.items():
         (tmp_path / name).mkdir(exist_ok=True)
-        samples = {i: [{'text': f'<<1+1={a}>>', 'answer': str(a), 'correct': a == 2, 'finished': True,
-                        'tokens': 5} for a in given] for i, given in answers.items()}
+        samples = {i: [{'text': f'<<1+1={a}>>', 'answer': str(a), 'correct': a == 2, 'lenient': a == 2,
+                        'finished': True, 'tokens': 5} for a in given] for i, given in answers.items()}
         rows = [{'index': i, 'question': '', 'greedy': s[0], 'samples': s} for i, s in samples.items()]
         write_rows(f'{tmp_path}/{name}/eval_made.jsonl', rows)
         write_rows(f'{tmp_path}/{name}/eval_made.json', [{'metrics': summarize(rows)}])
