@@ -97,13 +97,14 @@ def rotate(x, cos, sin):
     return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 def attend(q, k, v):
-    """Causal attention, softmax(q k' / sqrt(D)) v. q (B, H, T, D); k, v (B, KV, T, D)."""
-    (B, H, T, D), KV = q.shape, k.shape[1]
+    """Causal attention, softmax(q k' / sqrt(D)) v, of the last T of S: q (B, H, T, D); k, v (B, KV, S, D)."""
+    (B, H, T, D), (_, KV, S, _) = q.shape, k.shape
     if q.device.type != 'cpu' or T > 512:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=KV != H)
+        mask = None if S == T else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=S == T, enable_gqa=KV != H)
     # A CPU's SDPA is slow for few queries. The heads of a group are stacked as queries of their key head.
-    mask = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1).repeat(H // KV, 1)
-    scores = (q * D ** -0.5).reshape(B, KV, H // KV * T, D) @ k.mT + mask
+    mask = torch.full((T, S), -torch.inf, dtype=q.dtype, device=q.device).triu(1 + S - T)
+    scores = (q * D ** -0.5).reshape(B, KV, H // KV * T, D) @ k.mT + mask.repeat(H // KV, 1)
     return (scores.softmax(dim=-1).to(v.dtype) @ v).view(B, H, T, D)
 
 class Linear(nn.Linear):

@@ -447,15 +447,15 @@ class KVCache:
     of a larger tensor; by more slots on a GPU, which then records a step again."""
 
     def __init__(self, config, lengths, source, dtype):
-        """lengths: (P,) of the prompts. source: (R,) each row's prompt, ascending. trunk(ids, cache=cache)
-        reads the prompts of the slice `filling`; once that is None, a token of every row."""
+        """lengths: (P,) of the prompts. source: (R,) each row's prompt, ascending. trunk(.., cache) reads
+        prompts of the slice `filling` from n_read on, or one for all; once it is None, a token of all."""
         KV, D, longest = config.n_kv_head, config.head_dim, round_up(int(lengths.max()), 16)
         like, layers = dict(dtype=dtype, device=source.device), range(config.n_layer)
         self.prompts = [torch.zeros(2, KV, len(lengths), longest, D, **like) for _ in layers]
         self.own = [torch.zeros(2, KV, len(source), 0, D, **like) for _ in layers]
         padding = torch.arange(longest, device=source.device) >= lengths[source][:, None]
         self.mask = torch.where(padding, -torch.inf, 0.0)[:, None]
-        self.n_prompts, self.filling, self.n_used = len(lengths), slice(None), 0
+        self.n_prompts, self.filling, self.n_read, self.n_used = len(lengths), slice(None), 0, 0
         self.slot = source.new_zeros(1)  # a tensor, which a recorded step can read
         self.stack(source)
 
@@ -496,9 +496,10 @@ class KVCache:
         (prompt_k, prompt_v), (own_k, own_v) = self.prompts[layer], self.own[layer]
         q, k, v = (x.to(own_k.dtype) for x in (q, k, v))  # adapters add in fp32
         if self.filling is not None:
-            prompt_k[:, self.filling, :k.shape[2]] = k.transpose(0, 1)
-            prompt_v[:, self.filling, :k.shape[2]] = v.transpose(0, 1)
-            return attend(q, k, v)
+            end = self.n_read + k.shape[2]
+            prompt_k[:, self.filling, self.n_read:end] = k.transpose(0, 1)
+            prompt_v[:, self.filling, self.n_read:end] = v.transpose(0, 1)
+            return attend(q, *self.prompts[layer][:, :, self.filling, :end][:, :, :len(q)].transpose(1, 2))
         (R, H, _, D), (KV, P, longest, _) = q.shape, prompt_k.shape
         own_k[:, :, self.slot], own_v[:, :, self.slot] = k.transpose(0, 1), v.transpose(0, 1)
 
@@ -553,18 +554,23 @@ class Cohort:
         self.draw(self.prefill([prompt + sampler.label for prompt in prompts]))
 
     def prefill(self, prompts):
-        """Reads prompts (lists of ids), equal neighbours once -> each row's logits (R, V)."""
+        """Reads prompts (lists of ids), equal neighbours and a common start once -> logits (R, V)."""
         model, device = self.sampler.model, self.sampler.device
         groups = [(prompt, len(list(same))) for prompt, same in itertools.groupby(prompts)]
         different, lengths = [p for p, _ in groups], torch.tensor([len(p) for p, _ in groups], device=device)
         source = torch.tensor([i for i, (_, n) in enumerate(groups) for _ in range(n)], device=device)
         self.cache, hidden = KVCache(model.config, lengths, source, self.sampler.dtype), []
+        start = min(len(os.path.commonprefix(different)), int(lengths.min()) - 1) // 16 * 16
+        if start and len(different) > 1:  # worked examples, or a chat's system message
+            model.trunk(torch.tensor([different[0][:start]], device=device), cache=self.cache)
+            self.cache.n_read, lengths, different = start, lengths - start, [p[start:] for p in different]
         n = max(1, PREFILL.get(device.type, 16384) // max(map(len, different)))
         for i in range(0, len(different), n):
             self.cache.filling = slice(i, i + n)
             ids = pad_sequence(list(map(torch.tensor, different[i:i + n])), batch_first=True).to(device)
-            hidden.append(model.trunk(ids, cache=self.cache)[range(len(ids)), lengths[i:i + n] - 1])
-        self.cache.filling, self.n_before = None, lengths[source]
+            positions = torch.arange(ids.shape[1], device=device)[None] + self.cache.n_read
+            hidden.append(model.trunk(ids, positions, self.cache)[range(len(ids)), lengths[i:i + n] - 1])
+        self.cache.filling, self.n_before = None, lengths[source] + self.cache.n_read
         return model.logits(torch.cat(hidden))[source]
 
     def draw(self, logits):

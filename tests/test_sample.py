@@ -355,6 +355,19 @@ def test_samples_are_what_whole_passes_draw(model, bpe, max_rows, arguments):
     same(Sampler(model, tokenizer, max_rows).generate(*UNEVEN, **arguments), expected)
     assert arguments['temperature'] == 0 or {s.finished for s in expected} == {True, False}
 
+@torch.no_grad()
+@pytest.mark.parametrize('max_rows', [64, 6])
+def test_what_prompts_begin_with_is_read_once(model, bpe, monkeypatch, max_rows):
+    """By every cohort, in whole 16s; ids and log-probs are those of whole passes."""
+    start, tokenizer = (bpe.encode(TEXTS[0]) * 2)[:50], with_ends(bpe, *range(5))
+    prompts = [start + bpe.encode(p) for p in PROMPTS] + [start]  # of the last one a token is left to read
+    expected = [alone(model, tokenizer, p, j, 9, temperature=1.0) for p in prompts for j in range(2)]
+    n_read, trunk = [], model.trunk
+    monkeypatch.setattr(model, 'trunk', lambda ids, *given, **named: (
+        n_read.append(ids.shape), trunk(ids, *given, **named))[1])
+    same(Sampler(model, tokenizer, max_rows).generate(prompts, 2, 9), expected)
+    assert n_read[:2] == [(1, 48), (5 if max_rows == 64 else 3, max(map(len, prompts)) - 48)]
+
 def test_the_cache_takes_what_its_formula_says_and_rows_are_refilled(model, bpe, monkeypatch):
     """Exactly that with one batch; in small ones never more, though several start and prompts wait."""
     caches, n_bytes, n_rows, attend = weakref.WeakSet(), [], [], KVCache.attend
