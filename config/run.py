@@ -141,6 +141,9 @@ def setup(device='auto', dtype='auto', seed=0):
         dtype = 'bfloat16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
     elif dtype not in ('float32', 'bfloat16'):
         raise UserError(f"dtype is 'auto', 'float32' or 'bfloat16', not {dtype!r}")
+    bf16 = any(torch.cpu.get_capabilities().get(name) for name in ('avx512_bf16', 'amx_bf16', 'bf16'))
+    if (device.type, dtype, bf16) == ('cpu', 'bfloat16', False):
+        print("warning: this CPU has no bf16 arithmetic: dtype = 'float32' can be 60 times as fast")
     torch.manual_seed(seed)
     if device.type == 'cuda':
         torch.set_float32_matmul_precision('high')  # TF32 for what stays fp32 beside bf16

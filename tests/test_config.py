@@ -350,6 +350,12 @@ def test_setup_refuses(arguments, match):
     with pytest.raises(UserError, match=match):
         setup(*arguments)
 
+@pytest.mark.parametrize('bf16', [True, False])
+def test_slow_bf16_is_told(monkeypatch, capsys, bf16):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_f': True, 'avx512_bf16': bf16})
+    assert setup('cpu', 'bfloat16')[1] == torch.bfloat16 and setup('cpu')[1] == torch.float32
+    assert capsys.readouterr().out.count('warning: this CPU has no bf16') == (not bf16)
+
 @pytest.mark.parametrize('name', ['sft', 'eval', 'rewards', 'ei', 'rcrl', 'ppo'])
 def test_what_would_fail_after_hours_is_refused_at_the_start(name):
     comments, _ = read_source(vars(importlib.import_module(name)))
