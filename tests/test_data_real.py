@@ -83,6 +83,19 @@ def test_what_is_not_the_official_file_is_refused(tmp_path, monkeypatch, task, n
     for file in module.SHA256:
         assert module.fetch(file, '') == module.fetch(file, official)
 
+def test_mawps_is_what_the_train_set_lacks(svamp, tmp_path):
+    known = [{'question': p.question, 'answer': p.solution} for p in svamp[1000:]]
+    flags = f'--source={real_data("mwp")}', f'--train={tmp_path}', f'--out={tmp_path}'
+    assert 'train.jsonl' in run_script('data/mawps/prepare.py', *flags, code=2).stderr
+    (tmp_path / 'train.jsonl').write_text('\n'.join(map(json.dumps, known)))
+    said = run_script('data/mawps/prepare.py', *flags).stdout
+    counts = [[int(n) for n in re.findall(r'\d+', line)] for line in said.splitlines() if 'left out' in line]
+    # rows, new ones; nearly in the train set, in it, repeated, rounded
+    assert counts == [[395, 9, 330, 24, 32], [600, 0, 600], [508, 39, 320, 108, 9, 32], [562, 0, 549, 12, 1]]
+    test = data.load_problems(str(tmp_path), 'test')
+    assert len(test) == 48 and test[0].question.startswith('Mike has 35 books') and test[0].answer == '21'
+    assert all(len(p.answer) < 12 and p.solution == f'#### {p.answer}' for p in test)
+
 # ---- SVAMP ----
 def test_svamp_keeps_the_official_test_set(svamp):
     official = json.loads(Path(real_data('svamp', 'SVAMP.json')).read_text(encoding='utf-8'))
