@@ -1,17 +1,18 @@
-# Expert Iteration for SVAMP, after svamp_smollm2_sft.
-# $ python ei.py config/svamp_smollm2_ei.py && python eval.py --init_from=out/svamp_smollm2_ei --task=svamp --max_new_tokens=96
-# Memory: 6.5 GiB on one GPU of 8 GB. Disk: 6.0 GiB, 1.5 GiB when finished.
-# Not run: it needs a GPU and the model hub.
+# Expert Iteration after svamp_smollm2_sft: 800 questions, the first 300 of which have worked solutions.
+# $ python ei.py config/svamp_smollm2_ei.py
 task = 'svamp'
 init_from = 'out/svamp_smollm2_sft'
-base = 'HuggingFaceTB/SmolLM2-135M'
+base = 'out/smollm2'        # each round starts anew from it, as in the paper
 out_dir = 'out/svamp_smollm2_ei'
+n_questions = 800
+n_worked = 300
 n_rounds = 2
-k = 16                      # short solutions are cheap
-max_rows = 512
+k = 4                       # 800 * 4 * 2 = 6,400 samples
 max_new_tokens = 96
-epochs = 4.0
-batch_size = 64
-micro_tokens = 4096         # as for gsm8k_smollm2_sft
+max_rows = 128
+max_steps = 60              # a round: as many updates from the base as SFT had
+batch_size = 16
+micro_tokens = 1024
 lr = 1e-4
 min_lr = 1e-6
+eval_problems = 128

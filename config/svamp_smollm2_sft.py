@@ -1,14 +1,15 @@
-# SFT of SmolLM2-135M for SVAMP: trained on MAWPS and ASDiv-A, tested on SVAMP's 1,000 problems (its authors' protocol).
-# $ python data/svamp/prepare.py && python sft.py config/svamp_smollm2_sft.py
-# $ python eval.py --init_from=out/svamp_smollm2_sft --task=svamp --max_new_tokens=96
-# Memory: 6.5 GiB on one GPU of 8 GB. Disk: 5.5 GiB, 2.5 GiB when finished.
-# Not run: it needs a GPU and the model hub.
+# SFT of SmolLM2-135M-Instruct on 300 worked problems of MAWPS and ASDiv-A, on two CPU cores or fewer.
+# $ python data/smollm2.py && python data/svamp/prepare.py && python sft.py config/svamp_smollm2_sft.py
 task = 'svamp'
-init_from = 'HuggingFaceTB/SmolLM2-135M'
+init_from = 'out/smollm2'
 out_dir = 'out/svamp_smollm2_sft'
-epochs = 4.0
-batch_size = 64
-micro_tokens = 4096         # as for gsm8k_smollm2_sft
-max_new_tokens = 96         # solutions are one to three short lines
+n_worked = 300              # for the other 500 questions of the chain only the answer is known
+max_steps = 60              # 60 * 16 / 300 = 3.2 epochs
+batch_size = 16
+micro_tokens = 1024         # a CPU needs no more rows at a time
 lr = 1e-4
 min_lr = 1e-6
+eval_interval = 30
+eval_problems = 128
+max_new_tokens = 96         # solutions are one to three short lines
+max_rows = 128

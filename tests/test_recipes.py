@@ -20,7 +20,7 @@ from sample import disk_needed, load_tokenizer, memory_needed
 
 RECIPES = sorted(name for name in os.listdir(os.path.join(ROOT, 'config'))
                  if name.endswith('.py') and name not in ('__init__.py', 'run.py'))
-REAL = [name for name in RECIPES if not name.startswith('demo')]
+REAL = [name for name in RECIPES if not name.startswith(('demo', 'svamp'))]  # these run on a CPU
 DOCS = ['README.md'] + [f'assets/{name}' for name in os.listdir(f'{ROOT}/assets') if name.endswith('.md')]
 # part of a recipe's name -> its script; part of a checkpoint's name -> the public shape of the model
 SCRIPTS = {'_ppo': 'ppo', '_rcrl': 'rcrl', '_ei': 'ei', '_orm.': 'rewards', '_prm.': 'rewards'}
