@@ -61,6 +61,8 @@ SHAPES = {
                  out_bias=True, mlp_bias=True),
     'smollm2': dict(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, head_dim=64,
                     n_inner=1536),
+    'qwen05b': dict(vocab_size=151936, n_layer=24, n_head=14, n_kv_head=2, n_embd=896, head_dim=64,
+                    n_inner=4864, qkv_bias=True),
     'llama1b': dict(vocab_size=32000, n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, head_dim=64,
                     n_inner=5632, tied=False),
     'llama7b': dict(vocab_size=32000, n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, head_dim=128,
