@@ -1,7 +1,6 @@
 # SFT of SmolLM2-135M-Instruct on 300 worked problems of MAWPS and ASDiv-A, on one CPU core.
 # $ python data/smollm2.py && python data/svamp/prepare.py && python sft.py config/svamp_smollm2_sft.py
-# Measured: 11 minutes, 8 GiB (by svamp_smollm2_ei, the same loop), validation maj@1 36 (± 4); assets/smollm2.md has the
-# machine and SVAMP's table.
+# Measured: 11 minutes, 8 GiB (by svamp_smollm2_ei, the same loop), validation maj@1 36 (± 4); see assets/smollm2.md.
 task = 'svamp'
 init_from = 'out/smollm2'
 out_dir = 'out/svamp_smollm2_sft'
