@@ -382,9 +382,12 @@ class Packing(NamedTuple):
         return y.transpose(0, 1)[None]
 
 def hidden_at(model, ids, mask, trunk=None):
-    """Hidden states (n, C) where mask (B, T) is True. What follows a row's last True takes part in attention
-    only, but for up to 63 tokens: a CPU's kernels are made for each shape."""
-    trunk, needed = trunk or model.trunk, (mask.flip(1).cumsum(1) > 0).flip(1).flatten()
+    """Hidden states (n, C) where mask (B, T) is True. On a CPU what follows a row's last True takes part in
+    attention only, but for up to 63 tokens: its kernels are made for each shape."""
+    trunk = trunk or model.trunk
+    if ids.device.type != 'cpu':  # a GPU is up to twice as fast with padding as with what leaves it out
+        return trunk(ids)[mask]
+    needed = (mask.flip(1).cumsum(1) > 0).flip(1).flatten()
     n_needed = max(1, int(needed.sum()))
     needed[(~needed).nonzero()[:round_up(n_needed, 64) - n_needed]] = True
     if needed.all():
@@ -429,7 +432,7 @@ def response_tables(model, examples, temperature, dtype, max_tokens, *, critic=N
 # -----------------------------------------------------------------------------
 # the key-value cache
 
-SLOTS = {'cpu': 32}      # by which a cache grows, elsewhere 256
+SLOTS = {'cpu': 32}      # by which a cache grows, elsewhere 256, or at once by what a smaller budget needs
 PREFILL = {'cpu': 2048}  # tokens read at a time, to stay in a CPU's own caches; elsewhere 16,384
 
 class KVCache:
@@ -446,9 +449,10 @@ class KVCache:
     rows write to the same slot; padding is masked. `own` grows as it fills up, as a CPU is slow with slices
     of a larger tensor; by more slots on a GPU, which then records a step again."""
 
-    def __init__(self, config, lengths, source, dtype):
-        """lengths: (P,) of the prompts. source: (R,) each row's prompt, ascending. trunk(.., cache) reads
-        prompts of the slice `filling` from n_read on, or one for all; once it is None, a token of all."""
+    def __init__(self, config, lengths, source, budget, dtype):
+        """lengths: (P,) of the prompts. source: (R,) each row's prompt, ascending. budget: most tokens of a
+        row. trunk(.., cache) reads prompts of the slice `filling` from n_read on, or one for all; once it is
+        None, a token of all."""
         KV, D, longest = config.n_kv_head, config.head_dim, round_up(int(lengths.max()), 16)
         like, layers = dict(dtype=dtype, device=source.device), range(config.n_layer)
         self.prompts = [torch.zeros(2, KV, len(lengths), longest, D, **like) for _ in layers]
@@ -457,6 +461,7 @@ class KVCache:
         self.mask = torch.where(padding, -torch.inf, 0.0)[:, None]
         self.n_prompts, self.filling, self.n_read, self.n_used = len(lengths), slice(None), 0, 0
         self.slot = source.new_zeros(1)  # a tensor, which a recorded step can read
+        self.growth = slots_at_a_time(source.device, budget)
         self.stack(source)
 
     def stack(self, source):
@@ -471,10 +476,9 @@ class KVCache:
     def next_token(self):
         """Makes room for a token of every row."""
         if self.n_used == self.own[0].shape[3]:
-            more = SLOTS.get(self.slot.device.type, 256)
             for layer, table in enumerate(self.own):  # one after the other, which saves memory
-                self.own[layer] = F.pad(table, (0, 0, 0, more))
-            self.mask = F.pad(self.mask, (0, more), value=-torch.inf)
+                self.own[layer] = F.pad(table, (0, 0, 0, self.growth))
+            self.mask = F.pad(self.mask, (0, self.growth), value=-torch.inf)
         self.slot.fill_(self.n_used)
         self.mask[:, :, self.n_used - self.own[0].shape[3]] = 0
         self.n_used += 1
@@ -514,6 +518,9 @@ class KVCache:
         p = scores.add_(self.mask).softmax(-1).to(v.dtype)
         y = by_row(by_prompt(p[..., :longest]) @ prompt_v) + p[..., longest:] @ own_v
         return y.transpose(0, 1).reshape(R, H, 1, D)
+
+def slots_at_a_time(device, budget):
+    return min(SLOTS.get(device.type, 256), round_up(max(1, budget), 32))
 
 class Together:
     """Caches of several cohorts as one, so that they share linear layers."""
@@ -559,8 +566,8 @@ class Cohort:
         groups = [(prompt, len(list(same))) for prompt, same in itertools.groupby(prompts)]
         different, lengths = [p for p, _ in groups], torch.tensor([len(p) for p, _ in groups], device=device)
         source = torch.tensor([i for i, (_, n) in enumerate(groups) for _ in range(n)], device=device)
-        self.cache, hidden = KVCache(model.config, lengths, source, self.sampler.dtype), []
-        start = min(len(os.path.commonprefix(different)), int(lengths.min()) - 1) // 16 * 16
+        self.cache = KVCache(model.config, lengths, source, self.ids.shape[1], self.sampler.dtype)
+        hidden, start = [], min(len(os.path.commonprefix(different)), int(lengths.min()) - 1) // 16 * 16
         if start and len(different) > 1:  # worked examples, or a chat's system message
             model.trunk(torch.tensor([different[0][:start]], device=device), cache=self.cache)
             self.cache.n_read, lengths, different = start, lengths - start, [p[start:] for p in different]
@@ -614,11 +621,13 @@ class Cohort:
         done, samples = self.limit <= self.t, []
         if done.sum() < self.sampler.leave_share * len(done):
             return []
-        for i in done.nonzero()[:, 0].tolist():
-            (place, prompt, _, _), drawn = self.rows[i], (~self.told[i, :self.limit[i]]).nonzero()[:, 0]
-            ids, logprobs = self.ids[i, drawn].tolist(), self.logprobs[i, drawn].tolist()
-            samples.append((place, Sample(prompt, ids, logprobs, bool(self.finished[i]))))
-        kept = (~done).nonzero()[:, 0]
+        leaving, kept = done.nonzero()[:, 0], (~done).nonzero()[:, 0]
+        tables = (self.ids, self.logprobs, self.told, self.limit, self.finished)
+        columns = (table[leaving].tolist() for table in tables)  # five copies: a GPU waits for each
+        for i, ids, logprobs, told, n, finished in zip(leaving.tolist(), *columns):
+            (place, prompt, _, _), drawn = self.rows[i], [j for j in range(n) if not told[j]]
+            ids, logprobs = ([row[j] for j in drawn] for row in (ids, logprobs))
+            samples.append((place, Sample(prompt, ids, logprobs, finished)))
         self.rows = [self.rows[i] for i in kept.tolist()]
         for name in self.TENSORS:
             setattr(self, name, getattr(self, name)[kept])
@@ -771,7 +780,7 @@ def draw_samples(sampler, prompts, k, max_new_tokens, temperature, first=None, *
 
 def cache_bytes(config, n_prompts, longest, rows, max_new_tokens, dtype, device='cpu'):
     """What caches take at most, of n_prompts of `longest` tokens and rows of max_new_tokens."""
-    own = round_up(max_new_tokens, SLOTS.get(torch.device(device).type, 256))
+    own = round_up(max_new_tokens, slots_at_a_time(torch.device(device), max_new_tokens))
     slots = n_prompts * round_up(longest, 16) + rows * own
     return slots * 2 * config.n_layer * config.n_kv_head * config.head_dim * dtype.itemsize
 

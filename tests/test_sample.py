@@ -368,8 +368,10 @@ def test_what_prompts_begin_with_is_read_once(model, bpe, monkeypatch, max_rows)
     same(Sampler(model, tokenizer, max_rows).generate(prompts, 2, 9), expected)
     assert n_read[:2] == [(1, 48), (5 if max_rows == 64 else 3, max(map(len, prompts)) - 48)]
 
-def test_the_cache_takes_what_its_formula_says_and_rows_are_refilled(model, bpe, monkeypatch):
+@pytest.mark.parametrize('slots', [32, 256])  # a CPU's, a GPU's
+def test_the_cache_takes_what_its_formula_says_and_rows_are_refilled(model, bpe, monkeypatch, slots):
     """Exactly that with one batch; in small ones never more, though several start and prompts wait."""
+    monkeypatch.setitem(sample.SLOTS, 'cpu', slots)
     caches, n_bytes, n_rows, attend = weakref.WeakSet(), [], [], KVCache.attend
     tokenizer = SimpleNamespace(ends=(), labels=None, newline_ids=(), vocab_size=bpe.vocab_size)
 
@@ -391,6 +393,7 @@ def test_the_cache_takes_what_its_formula_says_and_rows_are_refilled(model, bpe,
     monkeypatch.setattr(KVCache, 'attend', spy)
     prompts = [bpe.encode(p) for p in PROMPTS]
     longest = max(map(len, prompts))
+    assert need(0, longest, 16, 20) == need(0, longest, 16, 32) == need(0, longest, 8, 64)  # whole 32s
     for budget in (20, 40):
         assert most(64, prompts, 4, budget) == need(4, longest, 16, budget)
     assert most(4, [[i] * 20 for i in range(8)], 1, 30) == need(4, 20, 4, 30)  # all end at once
