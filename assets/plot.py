@@ -224,7 +224,7 @@ def picture(panels, path):
         fig.legend(handles=handles, loc='outside upper center', ncols=2 if len(panels) == 1 else 3)
         fig.savefig(path, dpi=100)
     if path.endswith('.png'):  # a third of the bytes
-        Image.open(path).convert('RGB').quantize(128).save(path, optimize=True)
+        Image.open(path).convert('RGB').quantize(256).save(path, optimize=True)
 
 
 if __name__ == '__main__':
