@@ -50,7 +50,7 @@ def test_from_training_to_evaluation(start, coin, tmp_path):
     def run(script, source, flags, code=0):
         more = f'--init_from={source} --task={coin}/task --device=cpu --max_new_tokens=40 {flags}'
         return run_script(script, *more.split(), code=code)
-    sft, ppo, ei = (tmp_path / name for name in ('sft', 'ppo', 'ei'))
+    sft, ppo, ei, rcrl = (tmp_path / name for name in ('sft', 'ppo', 'ei', 'rcrl'))
     few, learn = '--eval_problems=8', '--lr=5e-3 --min_lr=1e-3 --max_steps=80 --batch_size=32'
     run('sft.py', start, f'--prompt_form=chat --system=Hi --out_dir={sft} {few} {learn}')
     assert log_of(sft, 'val_maj1')[-1]['val_maj1'] == 1
@@ -60,6 +60,8 @@ def test_from_training_to_evaluation(start, coin, tmp_path):
     run('eval.py', ppo, '--k=1 --n_problems=4')
     assert read_json(f'{ppo}/eval_task.json')['metrics']['maj@1'][0] == 1
     run('ei.py', sft, f'--out_dir={ei} --base={start} --k=1 --n_rounds=1 --n_questions=8 --max_steps=1 {few}')
+    run('rcrl.py', sft, f'--out_dir={rcrl} --base={start} --k=1 {few} {learn}')  # told [GOOD] within a turn
+    assert log_of(rcrl, 'val_maj1_good')[-1]['val_maj1_good'] == 1
     tok, rows = load_tokenizer(f'{ei}/best'), rows_of(ei / 'samples_round1.jsonl')
     assert (tok.form, tok.system) == ('chat', 'Hi')
     assert all(row['samples'][0]['ids'][-1] == tok.eos for row in rows)
