@@ -38,7 +38,8 @@ def demo(tmp_path):
         env = os.environ | {'PATH': f'{tmp_path}:{os.environ["PATH"]}'} | more
         run = subprocess.Popen(['bash', 'config/demo.sh', *flags], cwd=tmp_path / 'repo', env=env, text=True,
                                stdin=mine, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               start_new_session=True)
+                               start_new_session=True,  # and not as in the background, deaf to Ctrl-C
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         os.close(mine)
         started.append((run, terminal))
         return run
