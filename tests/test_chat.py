@@ -62,6 +62,7 @@ def test_from_training_to_evaluation(start, coin, tmp_path):
     run('ei.py', sft, f'--out_dir={ei} --base={start} --k=1 --n_rounds=1 --n_questions=8 --max_steps=1 {few}')
     run('rcrl.py', sft, f'--out_dir={rcrl} --base={start} --k=1 {few} {learn}')  # told [GOOD] within a turn
     assert log_of(rcrl, 'val_maj1_good')[-1]['val_maj1_good'] == 1
+    assert read_json(f'{rcrl}/best/prompt.json') == {'form': 'chat', 'system': 'Hi'}
     tok, rows = load_tokenizer(f'{ei}/best'), rows_of(ei / 'samples_round1.jsonl')
     assert (tok.form, tok.system) == ('chat', 'Hi')
     assert all(row['samples'][0]['ids'][-1] == tok.eos for row in rows)
